@@ -21,11 +21,11 @@ def _declare_missing_operators() -> "torch.library.Library | None":
         return None
     try:
         for extension in sorted(Path(spec.origin).parent.glob("_C*.*")):
-            torch.ops.load_library(str(extension))
+            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
     except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
-            library.define(name + _SCHEMA)
+            library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
         return library
     return None
 

@@ -19,11 +19,13 @@ class DataError(ValueError):
 
 
 class TaskSource(Protocol):
-    """A data set. A new one is a class with these three methods and a YAML in `conf/dataset/` that names it.
+    """A data set. A new one is a class with these members and a YAML in `conf/dataset/` that names it.
 
     Implementations are picklable (loader workers get a copy) and stateless: the same call gives the same bytes.
     """
 
+    name: str
+    """Of the data set, for reports."""
     image_size: int
     """Height and width, in pixels, of everything that `load` returns."""
 

@@ -1,0 +1,162 @@
+"""Where the configs are, and what is checked of a composed one before any work begins."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from metaseg.update import Update
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message says what to change."""
+
+
+def config_dir() -> Path:
+    """The folder `conf`: inside the installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse command-line overrides of keys that do not exist; Hydra's own message names no neighbour.
+
+    Raises:
+        ConfigError: naming the nearest keys.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+        chosen = [f"{o.key_or_group}={_first_value(o)}" for o in overrides if o.key_or_group in groups]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose("config", overrides=chosen)
+    except HydraException:
+        return  # Hydra's own parsing says it well: bad syntax, or a preset that does not exist and those that do
+    known = groups | set(_keys(config))
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_add() or key in known or key.startswith("hydra"):
+            continue
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known - set(_keys(config)))
+        raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}? To add a new key: +{key}=…")
+
+
+def inner_config(config: DictConfig) -> DictConfig:
+    """ω while meta-training: `update`, with what `algo.inner` says instead, key by key."""
+    # shallow on purpose: another optimizer replaces the whole node, arguments included
+    return OmegaConf.create({**dict(config["update"]), **dict(config.algo.inner)})
+
+
+def make_update(config: DictConfig, name: str = "update") -> Update:
+    """Instantiate an update procedure.
+
+    Raises:
+        ConfigError: if it has a field that there is none of.
+    """
+    fields = [field.name for field in dataclasses.fields(Update)]
+    for key in map(str, config):
+        if key != "_target_" and key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            raise ConfigError(f"{name} has no field '{key}'; did you mean {near[0]}?")
+    update = instantiate(config, _convert_="all")
+    assert isinstance(update, Update)
+    return update
+
+
+def trains(config: DictConfig) -> bool:
+    """Whether the run meta-trains."""
+    return config.mode != "test" and config.algo.method is not None
+
+
+def check(config: DictConfig) -> None:
+    """Refuse impossible combinations, before data are read or anything is written.
+
+    Raises:
+        ConfigError: on the first one, with its cure.
+    """
+    for broken, cure in _rules(config):
+        if broken:
+            raise ConfigError(cure)
+    try:
+        make_update(config["update"])
+        if trains(config):
+            make_update(inner_config(config), "algo.inner")
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra wraps what a constructor raises
+        raise ConfigError(str(error.__cause__ or error)) from error
+
+
+def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
+    mode, path, evaluation = config.mode, config.ckpt_path, config.evaluate
+    learns = config.algo.method is not None
+    yield mode not in ("fit_test", "fit", "test"), f"mode={mode}: choose fit_test, fit or test"
+    yield mode == "fit" and not learns, f"algo={config.algo.name} has nothing to fit: use mode=fit_test or mode=test"
+    yield (
+        mode == "test" and learns and path is None,
+        f"mode=test of algo={config.algo.name} needs ckpt_path=PATH of a .ckpt or init.safetensors; for the ImageNet "
+        "initialisation itself use algo=finetune",
+    )
+    yield path is not None and not Path(str(path)).is_file(), f"ckpt_path={path}: there is no such file"
+    yield (
+        trains(config) and path is not None and not str(path).endswith(".ckpt"),
+        f"ckpt_path={path}: resume from a .ckpt of a run's checkpoints folder; to start meta-training from these "
+        f"weights use model.weights={path}",
+    )
+    yield (
+        mode != "test" and not learns and path is not None,
+        f"algo={config.algo.name} trains nothing, so ckpt_path has no use: to test it, add mode=test",
+    )
+    size = config.dataset.get("image_size")
+    yield (
+        size is not None and (size < 32 or size % 16 != 0),
+        f"dataset.image_size={size}: give a multiple of 16 from 32 on; EfficientLab works at stride 16",
+    )
+    for name, least in {"shots": 1, "queries": 1, "draws": 1, "validations": 1, "panels": 0}.items():
+        yield evaluation[name] < least, f"evaluate.{name}={evaluation[name]}: give {least} or more"
+    for name in ("val_tasks", "test_tasks"):
+        number = evaluation[name]
+        yield number is not None and number < 1, f"evaluate.{name}={number}: give 1 or more, or null for all tasks"
+    lrs = evaluation.lrs
+    yield lrs is not None and len(lrs) == 0, "evaluate.lrs=[]: give candidates, or null to test update.lr"
+    yield lrs is not None and any(lr <= 0 for lr in lrs), f"evaluate.lrs={lrs}: give numbers above 0"
+    yield config.workers < 0, f"workers={config.workers}: give 0 or more"
+    if learns:
+        steps = config.trainer.max_steps
+        yield steps < 1, f"trainer.max_steps={steps}: give 1 or more meta-steps, or algo=finetune for none"
+        yield config.algo.meta_batch < 1, f"algo.meta_batch={config.algo.meta_batch}: give 1 or more"
+    accelerator = config.trainer.accelerator
+    yield (
+        accelerator in ("gpu", "cuda") and not torch.cuda.is_available(),
+        f"trainer.accelerator={accelerator}, but torch sees no CUDA device: use trainer=cpu or trainer=auto",
+    )
+    yield (
+        config.trainer.devices != 1,
+        f"trainer.devices={config.trainer.devices}: one process for now, trainer.devices=1",
+    )
+
+
+def _first_value(override: Override) -> Any:
+    """The value of an override, or the first of a sweep's."""
+    if override.is_sweep_override():
+        return next(iter(override.sweep_string_iterator()))
+    return override.get_value_element_as_str()
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all nodes."""
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(config, key):
+            node = config._get_node(key)
+            if isinstance(node, DictConfig) and not node._is_none():
+                yield from _keys(node, f"{prefix}{key}.")

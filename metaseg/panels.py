@@ -1,0 +1,94 @@
+"""Pictures of predictions, as PNG files and as W&B media (the only file that knows those)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import wandb
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from metaseg.data.source import UInt8
+from metaseg.evaluate import Evaluation, Score
+from metaseg.metrics import iou
+
+matplotlib.use("Agg")
+
+PREDICTION, TRUTH = (230, 60, 40), (30, 160, 90)
+_LABELS = {0: "background", 1: "object"}
+
+
+def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int]) -> UInt8:
+    """Tint an image (h, w, 3) where the mask (h, w) is 1, half and half."""
+    tinted = image.astype(np.float32)
+    tinted[mask > 0] = 0.45 * tinted[mask > 0] + 0.55 * np.array(colour, dtype=np.float32)
+    return tinted.astype(np.uint8)
+
+
+def panel(score: Score) -> Figure:
+    """One episode: the support with its masks, the query, the prediction and the truth, row by row."""
+    support, support_masks = score.episode.support.numpy()
+    query, truth = score.episode.query.numpy()
+    prediction = score.prediction.numpy()
+    ious = iou(score.counts[:, 0], score.counts[:, 1])
+    rows: list[tuple[str, list[UInt8], list[str]]] = [
+        ("support", [overlay(i, m, TRUTH) for i, m in zip(support, support_masks, strict=True)], []),
+        ("query", list(query), []),
+        (
+            "prediction",
+            [overlay(i, m, PREDICTION) for i, m in zip(query, prediction, strict=True)],
+            [f"IoU {x:.2f}" for x in ious],
+        ),
+        ("truth", [overlay(i, m, TRUTH) for i, m in zip(query, truth, strict=True)], []),
+    ]
+    columns = min(max(len(support), len(query)), 8)
+    figure = Figure(figsize=(1.3 * columns + 0.4, 1.42 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, images, captions) in zip(axes, rows, strict=True):
+        for j, ax in enumerate(line):
+            ax.set(xticks=[], yticks=[])
+            ax.set_frame_on(False)
+            if j < len(images):
+                ax.imshow(images[j], interpolation="nearest")
+            if j < len(captions):
+                ax.set_title(captions[j], fontsize=8, pad=2)
+        line[0].set_ylabel(name, fontsize=9)
+    figure.suptitle(
+        f"{score.episode.task}: IoU {score.iou_before:.2f} before adaptation, {score.iou:.2f} after", fontsize=9
+    )
+    return figure
+
+
+def write_panels(scores: Sequence[Score], folder: Path) -> None:
+    """Write one PNG an episode, named by its task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for score in scores:
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in score.episode.task)
+        panel(score).savefig(folder / f"{safe}.png", dpi=110)
+
+
+def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, panels: Sequence[Score], split: str) -> None:
+    """Log the per-task table and, with their masks, the query images of `panels` to a W&B run."""
+    rows = evaluation.rows()
+    media: dict[str, object] = {
+        f"{split}/per_task": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    }
+    if panels:
+        media[f"{split}/panels"] = [image for score in panels for image in _wandb_images(score)]
+    run.log(media)
+
+
+def _wandb_images(score: Score) -> list[wandb.Image]:
+    images, truth = score.episode.query.numpy()
+    return [
+        wandb.Image(
+            image,
+            caption=f"{score.episode.task}, query {i}",
+            masks={
+                "prediction": {"mask_data": predicted.astype(np.uint8), "class_labels": _LABELS},
+                "truth": {"mask_data": true, "class_labels": _LABELS},
+            },
+        )
+        for i, (image, predicted, true) in enumerate(zip(images, score.prediction.numpy(), truth, strict=True))
+    ]

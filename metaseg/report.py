@@ -1,0 +1,133 @@
+"""What a run leaves behind: results.json, per_task.csv, a table on the console, loggers opened and closed."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+from metaseg.evaluate import Evaluation
+from metaseg.panels import log_to_wandb, write_panels
+
+SCHEMA = 1
+
+
+def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """The CSV logger and the configured one, each given the run's whole configuration."""
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="csv")]
+    if config.logger:
+        loggers.append(instantiate(config.logger, save_dir=str(folder)))
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    return loggers
+
+
+def wandb_logger(save_dir: str, **init: Any) -> WandbLogger:
+    """Lightning's W&B logger on a run of its own, online if the user is logged in.
+
+    Args:
+        save_dir: where W&B keeps its files.
+        init: what `wandb.init` takes: project, name, group, tags and so on.
+    """
+    # the logger alone would merge this run into one that the process has not finished
+    run = wandb.init(dir=save_dir, mode=_wandb_mode(), reinit="finish_previous", **init)
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=run)
+
+
+def close_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
+    """Finish all loggers, so that the next run of this process starts its own; W&B learns how this one ended."""
+    for logger in loggers:
+        logger.finalize("success" if exit_code == 0 else "failed")
+    if wandb.run is not None:
+        wandb.finish(exit_code=exit_code)
+
+
+def _wandb_mode() -> Literal["online", "offline"] | None:
+    """What `wandb.init` shall do; None leaves it to WANDB_MODE. Says which, and how to change it."""
+    console = Console()
+    if "WANDB_MODE" in os.environ:
+        console.print(f"W&B: {os.environ['WANDB_MODE']}, as WANDB_MODE says")
+        return None
+    try:
+        online = wandb.login(prompt=False)
+    except Exception as error:  # there is a key, but the server refuses it or is out of reach
+        console.print(f"W&B: offline, for the login failed ({error})")
+        return "offline"
+    console.print("W&B: online" if online else "W&B: offline; `wandb login` for online runs, `wandb sync DIR` for this")
+    return "online" if online else "offline"
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, "-dirty" behind it if files differ; None for an installed package."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(here, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def report(
+    head: Mapping[str, Any],
+    validation: Evaluation,
+    test: Evaluation | None,
+    loggers: Sequence[Logger],
+    folder: Path,
+    panels: int,
+) -> None:
+    """Write results.json, per_task.csv and panels into `folder`, log the numbers, print the table.
+
+    Args:
+        head: what ran, for the head of results.json.
+        validation: on the validation tasks.
+        test: on the test tasks; None if they were not touched.
+        loggers: of the run.
+        folder: of the run.
+        panels: how many episodes to draw, of the test tasks if there are any.
+    """
+    evaluations = {"val": validation, "test": test}
+    summaries = {split: e.summary() if e else None for split, e in evaluations.items()}
+    results = {"schema": SCHEMA, **head, "git_commit": git_commit(), **summaries}
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    split, shown = ("test", test) if test else ("val", validation)
+    shown.write_csv(folder / "per_task.csv")
+    write_panels(shown.scores[:panels], folder / "panels")
+    for logger in loggers:
+        for name, evaluation in evaluations.items():
+            if evaluation:
+                metrics = {f"{name}/{key}": value for key, value in evaluation.metrics().items()}
+                logger.log_metrics(metrics, step=head["meta_steps"])
+        if isinstance(logger, WandbLogger):
+            log_to_wandb(logger.experiment, shown, shown.scores[:panels], split)
+    _print_table(head, evaluations, folder)
+
+
+def _print_table(head: Mapping[str, Any], evaluations: Mapping[str, Evaluation | None], folder: Path) -> None:
+    title = f"{head['algo']} on {head['dataset']}, {head['shots']} shots, batch norm: {head['batchnorm']}"
+    table = Table("split", "tasks", "IoU", "95 %", "before", "mIoU (class)", "FB-IoU", title=title)
+    for split, e in evaluations.items():
+        if e:
+            values = (e.iou, *e.ci95, e.iou_before, e.miou_class, e.fb_iou)
+            iou, low, high, *others = (f"{value:.3f}" for value in values)
+            table.add_row(split, str(len(e.by_task)), iou, f"{low} … {high}", *others)
+    console = Console()
+    console.print(table)
+    console.print(f"results.json, per_task.csv, init.safetensors, checkpoints, panels: {folder}", soft_wrap=True)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

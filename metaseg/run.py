@@ -1,0 +1,208 @@
+"""The entry: compose → check → meta-train → test → report. `python -m metaseg.run algo=reptile`."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import Logger
+from torch import nn
+
+from metaseg.adapt import Adapter
+from metaseg.algos import Algorithm
+from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.data.datamodule import EpisodeData
+from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
+from metaseg.data.source import Split, TaskSource, splits_sha256
+from metaseg.evaluate import Evaluation, evaluate
+from metaseg.initialisation import About, load_initialisation, save_initialisation
+from metaseg.module import MetaModule
+from metaseg.report import close_loggers, make_loggers, report
+from metaseg.seeding import torch_seed
+from metaseg.update import Update
+
+
+def run(config: DictConfig, folder: Path) -> float:
+    """Do what a composed configuration says, and leave the results in `folder`.
+
+    Returns:
+        The headline metric: mean IoU on the test tasks; on the validation tasks for mode=fit. In [0, 1].
+    """
+    started = time.perf_counter()
+    check(config)
+    source = create(config.dataset)
+    with torch_seed(config.seed):
+        net = create(config.model).to(memory_format=torch.channels_last)
+    update = make_update(config["update"])
+    about = About(
+        model=plain(config.model),
+        algo=config.algo.name,
+        dataset=source.name,
+        splits_sha256=splits_sha256(source),
+        seed=config.seed,
+        meta_steps=0,
+        update=plain(config["update"]),
+    )
+    loggers = make_loggers(config, folder)
+    exit_code = 1
+    try:
+        if trains(config):
+            about = fit(config, source, net, update, about, loggers, folder)
+        elif config.ckpt_path is not None:
+            about = replace(load_initialisation(net, Path(config.ckpt_path), plain(config.model)), update=about.update)
+        update, validations, test = score(config, source, net.to(device_of(config)), update)
+        about = replace(about, update={**about.update, "lr": update.lr})
+        headline = test or validations[update.lr]
+        head = {
+            "algo": about.algo,
+            "dataset": source.name,
+            "splits_sha256": splits_sha256(source),
+            "shots": config.evaluate.shots,
+            "update": about.update,
+            "batchnorm": update.batchnorm,
+            "seed": about.seed,
+            "meta_steps": about.meta_steps,
+            "device": device_of(config).type,
+            "wall_s": round(time.perf_counter() - started, 1),
+            "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
+        }
+        save_initialisation(net, about, folder / "init.safetensors")
+        report(head, validations[update.lr], test, loggers, folder, config.evaluate.panels)
+        exit_code = 0
+    finally:
+        close_loggers(loggers, exit_code)
+    return headline.iou
+
+
+def fit(
+    config: DictConfig,
+    source: TaskSource,
+    net: nn.Module,
+    update: Update,
+    about: About,
+    loggers: Sequence[Logger],
+    folder: Path,
+) -> About:
+    """Meta-train `net` in place; it ends as the checkpoint with the best validation IoU."""
+    algo: Algorithm = create(config.algo.method)
+    inner = make_update(inner_config(config), "algo.inner")
+    algo.check(source, inner)
+    steps = config.trainer.max_steps
+    module = MetaModule(
+        net,
+        algo,
+        inner=inner,
+        update=update,
+        outer=create(config.algo.outer),
+        final_lr=config.algo.final_lr,
+        meta_steps=steps,
+        about=asdict(about),
+    )
+    data = EpisodeData(
+        TrainingEpisodes(partial(algo.episode, source, inner, config.seed), steps * config.algo.meta_batch),
+        evaluation_episodes(config, source, "val", update),
+        meta_batch=config.algo.meta_batch,
+        workers=config.workers,
+    )
+    checkpoint = ModelCheckpoint(
+        folder / "checkpoints", filename="best-{step}", monitor="val/iou", mode="max", save_last=True
+    )
+    trainer = create(
+        config.trainer,
+        callbacks=[checkpoint, RichProgressBar()],
+        logger=loggers,
+        default_root_dir=folder,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, steps // config.evaluate.validations),
+        num_sanity_val_steps=0,
+        inference_mode=False,  # validation adapts, which needs gradients
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+    load_initialisation(net, Path(checkpoint.best_model_path), about.model)
+    return replace(about, meta_steps=trainer.global_step)
+
+
+def score(
+    config: DictConfig, source: TaskSource, theta: nn.Module, update: Update
+) -> tuple[Update, dict[float, Evaluation], Evaluation | None]:
+    """Validate each candidate for ω's learning rate; test the best, if the mode is not fit.
+
+    Returns:
+        ω with the chosen learning rate, the validations by learning rate, and the test.
+    """
+
+    def on(split: Split, candidate: Update) -> Evaluation:
+        episodes = evaluation_episodes(config, source, split, candidate)
+        loader = episode_loader(episodes, config.workers)
+        title = f"{split}, update.lr={candidate.lr:g}"
+        return evaluate(theta, loader, Adapter(theta, candidate), total=len(episodes), title=title)
+
+    candidates = [replace(update, lr=lr) for lr in config.evaluate.lrs or [update.lr]]
+    validations = {candidate.lr: on("val", candidate) for candidate in candidates}
+    chosen = max(candidates, key=lambda candidate: validations[candidate.lr].iou)
+    return chosen, validations, on("test", chosen) if config.mode != "fit" else None
+
+
+def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, update: Update) -> EvaluationEpisodes:
+    """The split's fixed episodes."""
+    e = config.evaluate
+    tasks = choose_tasks(source, split, e.val_tasks if split == "val" else e.test_tasks, e.seed)
+    return EvaluationEpisodes(
+        source, split, tasks, update, shots=e.shots, queries=e.queries, draws=e.draws, seed=e.seed
+    )
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Where the trainer would put the network."""
+    wants = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
+
+
+def create(config: DictConfig, **more: Any) -> Any:
+    """Instantiate, raising what the constructor raised instead of Hydra's wrapping of it."""
+    try:
+        return instantiate(config, **more)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration in plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+def _hydra_main(config: DictConfig) -> float:
+    # launchers pickle this function by value: it must not close over anything of this module
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from metaseg.run import run
+
+    return run(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def main() -> None:
+    """Run from the command line."""
+    try:
+        check_overrides(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"metaseg: {error}")
+    _hydra_main()
+
+
+if __name__ == "__main__":
+    main()

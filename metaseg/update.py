@@ -1,0 +1,143 @@
+"""The update procedure ω: everything that says how an initialisation is adapted to a support set."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from metaseg.data.augment import augment
+from metaseg.episode import Batch
+
+BatchNormPolicy = Literal["running", "support", "batch"]
+Part = Literal["all", "decoder", "head", "batchnorm"]
+
+
+class Schedule(Protocol):
+    """The learning rate's course over an adaptation."""
+
+    def __call__(self, progress: float) -> float:
+        """Factor on the learning rate at `progress` = step / steps, from 0 to just under 1."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """No change."""
+
+    def __call__(self, progress: float) -> float:
+        """1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from 1 down to `final`."""
+
+    final: float = 0.0
+
+    def __call__(self, progress: float) -> float:
+        """The factor final + (1 − final) · (1 + cos π·progress) / 2."""
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """Multiplied by `factor` each time that another `every` (a share of the adaptation) is over."""
+
+    every: float = 0.5
+    factor: float = 0.1
+
+    def __call__(self, progress: float) -> float:
+        """The factor factor^⌊progress / every⌋."""
+        return float(self.factor ** math.floor(progress / self.every + 1e-9))
+
+
+@dataclass(frozen=True)
+class Update:
+    """ω. What generalises to new tasks is the pair (θ, ω).
+
+    Attributes:
+        optimizer: makes a torch optimizer of parameter groups; a fresh one for each adaptation.
+        lr: learning rate, > 0.
+        steps: inner steps, ≥ 1.
+        batch_size: images in a mini-batch; more than there are shots makes images repeat.
+        schedule: the learning rate's course.
+        weight_decay: L2 factor on weights and biases except batch norm's.
+        dropout: rate in front of the head, in [0, 1).
+        augment: the share of images that are augmented, in [0, 1].
+        batchnorm: which statistics predict: `running`, the running averages, which the inner steps move on;
+            `support`, re-estimated on the support set after the last step; `batch`, those of the query images, all
+            predicted together (transductive). The inner steps themselves always use their mini-batch's.
+        adapts: which parameters move: all, the decoder (with the head), the head, or batch norm's scales and offsets.
+    """
+
+    optimizer: Callable[..., Optimizer]
+    lr: float
+    steps: int
+    batch_size: int = 8
+    schedule: Schedule = Constant()
+    weight_decay: float = 5e-4
+    dropout: float = 0.5
+    augment: float = 0.5
+    batchnorm: BatchNormPolicy = "support"
+    adapts: Part = "all"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        rules: dict[str, tuple[bool, str]] = {
+            "lr": (self.lr > 0, "a number above 0"),
+            "steps": (self.steps >= 1, "1 or more"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "dropout": (0 <= self.dropout < 1, "0 or more, below 1"),
+            "augment": (0 <= self.augment <= 1, "a rate from 0 to 1"),
+            "batchnorm": (self.batchnorm in get_args(BatchNormPolicy), f"one of {get_args(BatchNormPolicy)}"),
+            "adapts": (self.adapts in get_args(Part), f"one of {get_args(Part)}"),
+        }
+        for name, (holds, cure) in rules.items():
+            if not holds:
+                raise ValueError(f"update.{name}={getattr(self, name)}: give {cure}")
+
+    def minibatches(self, support: Batch, rng: np.random.Generator) -> tuple[Batch, ...]:
+        """Draw the mini-batches of one adaptation: `steps` of `batch_size`, shuffled and augmented.
+
+        The support is shuffled, and shuffled again each time that it is used up; a batch may span two rounds.
+        """
+        images, masks = support.numpy()
+        order = _rounds(len(support), rng)
+        batches = []
+        for _ in range(self.steps):
+            which = [next(order) for _ in range(self.batch_size)]
+            batches.append(Batch.from_numpy(*augment(images[which], masks[which], self.augment, rng)))
+        return tuple(batches)
+
+    def make_optimizer(self, net: nn.Module) -> Optimizer:
+        """A fresh optimizer over all of the network's parameters; which of them move is up to their requires_grad."""
+        norm = {id(p) for p in batchnorm_parameters(net)}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in net.parameters() if id(p) not in norm], "weight_decay": self.weight_decay},
+            {"params": [p for p in net.parameters() if id(p) in norm], "weight_decay": 0.0},
+        ]
+        return self.optimizer([group for group in groups if group["params"]], lr=self.lr)
+
+    def select(self, net: nn.Module) -> list[nn.Parameter]:
+        """The parameters that adapt."""
+        if self.adapts == "all":
+            return list(net.parameters())
+        if self.adapts == "batchnorm":
+            return batchnorm_parameters(net)
+        parts = ["head"] if self.adapts == "head" else ["decoders", "head"]
+        return [p for part in parts for p in net.get_submodule(part).parameters()]
+
+
+def batchnorm_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """Scales and offsets of all batch norms."""
+    return [p for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)]
+
+
+def _rounds(n: int, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(n).tolist()

