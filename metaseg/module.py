@@ -48,7 +48,7 @@ class MetaModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters({"about": about})
+        self.save_hyperparameters({"about": about}, logger=False)
         self.net, self.algo, self.outer = net, algo, outer
         self.final_lr, self.meta_steps = final_lr, meta_steps
         # plain attributes behind a dict: φ is scratch space, neither a parameter of this module nor in its checkpoint
@@ -59,12 +59,6 @@ class MetaModule(pl.LightningModule):
         optimizer = self.outer(self.net.parameters())
         schedule = linear(optimizer.param_groups[0]["lr"], self.final_lr, self.meta_steps)
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, schedule)}
-
-    def transfer_batch_to_device(
-        self, batch: list[Episode], device: torch.device, dataloader_idx: int
-    ) -> list[Episode]:
-        """Move a meta-batch."""
-        return [episode.to(device) for episode in batch]
 
     def training_step(self, meta_batch: list[Episode], batch_idx: int) -> None:
         """One meta-step."""

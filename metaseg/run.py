@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -127,7 +128,10 @@ def fit(
         inference_mode=False,  # validation adapts, which needs gradients
         enable_model_summary=False,
     )
-    trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+    with warnings.catch_warnings():
+        # ours is: the sampler starts from the trainer's meta-step
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
     load_initialisation(net, Path(checkpoint.best_model_path), about.model)
     return replace(about, meta_steps=trainer.global_step)
 

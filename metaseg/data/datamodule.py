@@ -1,6 +1,7 @@
 """Loaders of training and validation episodes for the Lightning trainer."""
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metaseg.data.episodes import From, episode_loader
@@ -32,6 +33,12 @@ class EpisodeData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[list[Episode]]:
         """The validation episodes."""
         return episode_loader(self.validation, self.workers)
+
+    def transfer_batch_to_device(
+        self, batch: list[Episode], device: torch.device, dataloader_idx: int
+    ) -> list[Episode]:
+        """Move a meta-batch."""
+        return [episode.to(device) for episode in batch]
 
     def _meta_step(self) -> int:
         return self.trainer.global_step if self.trainer else 0

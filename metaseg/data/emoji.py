@@ -320,6 +320,8 @@ def _build(folder: Path, size: int, count: int, seed: int, workers: int) -> None
 class EmojiSource:
     """The embedded data set as a `TaskSource`: drawn once by its constructor, then read from memory-mapped files."""
 
+    name = "emoji"
+
     def __init__(
         self,
         image_size: int = 64,

@@ -1,0 +1,132 @@
+"""The inner loop and the batch-norm policies."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from metaseg.adapt import Adapter, predict
+from metaseg.algos.base import flat
+from metaseg.episode import Batch, Episode
+from metaseg.update import Cosine, Update
+
+OMEGA = Update(SGD, lr=0.1, steps=4, batch_size=4, dropout=0.5, augment=0.0, batchnorm="support")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoders = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=0.01))
+        self.dropout = nn.Dropout(0.0)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.decoders(images / 255)))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def data(seed: int, n: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+    return Batch.from_numpy(images, (images[..., 0] > 128).astype(np.uint8))
+
+
+def episode(seed: int = 3, steps: int = 4) -> Episode:
+    batches = tuple(data(10 + i, 4) for i in range(steps))
+    return Episode("a task", seed, support=data(1, 6), query=data(2, 3), batches=batches)
+
+
+def test_the_same_episode_adapts_the_same_and_dropout_is_its_seeds(net: Net) -> None:
+    adapt = Adapter(net, OMEGA)
+    first = flat(adapt(net, episode()))
+    torch.rand(7)  # the global generator has no say
+    assert torch.equal(flat(adapt(net, episode())), first)
+    assert not torch.equal(flat(adapt(net, episode(seed=4))), first)
+
+
+def test_the_global_generator_is_left_alone(net: Net) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Adapter(net, OMEGA)(net, episode())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_adaptation_starts_from_theta_whatever_came_before(net: Net) -> None:
+    adapt = Adapter(net, replace(OMEGA, optimizer=lambda p, lr: SGD(p, lr=lr, momentum=0.9)))
+    fresh = flat(adapt(net, episode()))
+    adapt(net, episode(seed=9))
+    assert torch.equal(flat(adapt(net, episode())), fresh)
+    assert torch.equal(flat(copy.deepcopy(net)), flat(net))
+
+
+def test_the_schedule_moves_the_learning_rate(net: Net) -> None:
+    adapt = Adapter(net, replace(OMEGA, schedule=Cosine(), weight_decay=0.0))
+    adapt.start(net, seed=0)
+    seen = []
+    for batch in episode().batches:
+        adapt.step(batch)
+        seen.append(adapt.optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(seen, [0.1 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)])
+
+
+@pytest.mark.parametrize(("part", "moving"), [("all", {0, 1, 2, 3, 4, 5}), ("head", {4, 5}), ("batchnorm", {2, 3})])
+def test_only_what_adapts_moves(net: Net, part: str, moving: set[int]) -> None:
+    phi = Adapter(net, replace(OMEGA, adapts=part))(net, episode())
+    pairs = zip(net.parameters(), phi.parameters(), strict=True)
+    assert {i for i, (ours, theirs) in enumerate(pairs) if not torch.equal(ours, theirs)} == moving
+
+
+def by_hand(net: Net, images: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+    conv, norm = net.decoders
+    x = (conv(images / 255) - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + norm.eps).sqrt()
+    return net.head(x * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1))
+
+
+@torch.no_grad()
+def test_each_policy_predicts_with_its_statistics(net: Net) -> None:
+    norm = net.decoders[1]
+    norm.running_mean.fill_(0.3)
+    norm.running_var.fill_(2.0)
+    support, query = data(1, 4), data(2, 3)
+
+    def statistics(images: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        x = net.decoders[0](images / 255)
+        return x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=unbiased)
+
+    expected = {
+        "running": by_hand(net, query.images, norm.running_mean, norm.running_var),
+        "support": by_hand(net, query.images, *statistics(support.images, unbiased=True)),  # as running averages are
+        "batch": by_hand(net, query.images, *statistics(query.images, unbiased=False)),
+    }
+    for policy, logits in expected.items():
+        got = predict(net, query.images, replace(OMEGA, batchnorm=policy), support)
+        torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-5)
+        assert (norm.running_mean == 0.3).all()
+        assert (norm.running_var == 2.0).all()
+        assert norm.momentum == 0.01
+
+
+def test_running_statistics_move_with_the_inner_steps(net: Net) -> None:
+    one = episode(steps=1)
+    phi = Adapter(net, OMEGA)(net, one)
+    x = net.decoders[0](one.batches[0].images / 255)
+    torch.testing.assert_close(phi.decoders[1].running_mean, 0.01 * x.mean(dim=(0, 2, 3)))
+
+
+def test_prediction_has_no_dropout(net: Net) -> None:
+    net.dropout.p = 0.9
+    query = data(2, 3)
+    for policy in ("running", "support", "batch"):
+        omega = replace(OMEGA, batchnorm=policy)
+        first = predict(net, query.images, omega, data(1, 4))
+        assert torch.equal(predict(net, query.images, omega, data(1, 4)), first)

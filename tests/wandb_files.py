@@ -1,0 +1,56 @@
+"""Reads W&B's offline run files: a 7-byte header, then LevelDB log blocks of protobuf records."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+HEADER, BLOCK = 7, 32 * 1024
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def records(path: Path) -> list[Record]:
+    """All records of a `.wandb` file."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    found, parts, at = [], b"", HEADER
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:  # a block's tail too short for a record header is padding
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def config(found: list[Record]) -> dict[str, Any]:
+    """The run's configuration as it was at the end."""
+    values: dict[str, Any] = {}
+    for record in found:
+        updates = [*record.run.config.update, *record.config.update]
+        values |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in updates}
+    return values
+
+
+def history(found: list[Record]) -> dict[str, list[Any]]:
+    """Everything that was logged, by key."""
+    values: dict[str, list[Any]] = {}
+    for record in found:
+        for item in record.history.item:
+            values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    return values
+
+
+def exit_code(found: list[Record]) -> int:
+    """How the run ended."""
+    (code,) = [record.exit.exit_code for record in found if record.HasField("exit")]
+    return code
