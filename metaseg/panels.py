@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -61,11 +62,16 @@ def panel(score: Score) -> Figure:
 
 
 def write_panels(scores: Sequence[Score], folder: Path) -> None:
-    """Write one PNG an episode, named by its task."""
+    """Write one PNG an episode, named by its task, and all their predicted masks into `predictions.npz`.
+
+    The masks are keyed by task, shape (queries, h, w), uint8, {0, 1}.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for score in scores:
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in score.episode.task)
         panel(score).savefig(folder / f"{safe}.png", dpi=110)
+    masks: dict[str, Any] = {score.episode.task: score.prediction.numpy().astype(np.uint8) for score in scores}
+    np.savez_compressed(folder / "predictions.npz", **masks)
 
 
 def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, panels: Sequence[Score], split: str) -> None:

@@ -106,6 +106,8 @@ class Update:
 
         The support is shuffled, and shuffled again each time that it is used up; a batch may span two rounds.
         """
+        if not len(support):
+            raise ValueError("an empty support set: give at least one image to adapt to")
         images, masks = support.numpy()
         order = _rounds(len(support), rng)
         batches = []

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,10 @@ def episodes(**changes: Any) -> EvaluationEpisodes:
     return EvaluationEpisodes(**{**options, "shots": 5, "queries": 4, "draws": 3, "seed": 0, **changes})
 
 
+def items(of: EvaluationEpisodes) -> list[Episode]:
+    return [of[i] for i in range(len(of))]
+
+
 def numbers(batch: Batch) -> list[int]:
     """Which images of the task; only true without augmentation."""
     return batch.images[:, 1, 0, 0].tolist()
@@ -83,7 +88,7 @@ def everything(episode: Episode) -> tuple[str, int, bytes]:
 
 
 def test_support_and_query_are_distinct_images_of_the_task() -> None:
-    for episode in episodes(draws=30):
+    for episode in items(episodes(draws=30)):
         support, query = numbers(episode.support), numbers(episode.query)
         assert (len(support), len(query)) == (5, 4)
         assert len({*support, *query}) == 9
@@ -93,19 +98,19 @@ def test_support_and_query_are_distinct_images_of_the_task() -> None:
 
 def test_every_image_may_be_drawn_for_either() -> None:
     """The original always trained on the first n records of a task."""
-    all_ = list(episodes(draws=40))
+    all_ = items(episodes(draws=40))
     assert {n for episode in all_ for n in numbers(episode.support)} == set(range(IMAGES))
     assert {n for episode in all_ for n in numbers(episode.query)} == set(range(IMAGES))
 
 
 def test_masks_stay_with_their_images() -> None:
-    for episode in episodes():
+    for episode in items(episodes()):
         for batch in (episode.support, episode.query):
             assert torch.equal(batch.masks, batch.images[:, 2] // 128)
 
 
 def test_all_images_of_a_task_can_be_used_at_once() -> None:
-    (episode,) = episodes(tasks=["eel"], draws=1, shots=10, queries=4)
+    (episode,) = items(episodes(tasks=["eel"], draws=1, shots=10, queries=4))
     assert sorted(numbers(episode.support) + numbers(episode.query)) == list(range(IMAGES))
 
 
@@ -119,12 +124,12 @@ def test_a_training_episode_needs_no_query() -> None:
 
 def test_items_are_draws_of_all_tasks_in_turn() -> None:
     assert len(episodes()) == 18
-    assert [episode.task for episode in (episodes()[i] for i in range(18))] == SPLIT_TASKS["test"] * 3
+    assert [episode.task for episode in items(episodes())] == SPLIT_TASKS["test"] * 3
 
 
 def test_episodes_do_not_depend_on_what_was_drawn_before() -> None:
     one, other = episodes(), episodes()
-    forwards = [everything(one[i]) for i in range(len(one))]
+    forwards = [everything(episode) for episode in items(one)]
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002  # the global state is what must not matter
     torch.manual_seed(5)
@@ -159,7 +164,7 @@ def test_the_update_procedure_changes_only_the_minibatches() -> None:
 
 
 def test_minibatches_are_of_the_support_alone() -> None:
-    for episode in episodes(update=update(augment=0.0)):
+    for episode in items(episodes(update=update(augment=0.0))):
         for batch in episode.batches:
             assert set(numbers(batch)) <= set(numbers(episode.support))
 
@@ -169,30 +174,152 @@ def test_minibatches_are_of_the_support_alone() -> None:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[int, list[Episode]]:
-    """All episodes by number of worker processes, augmented, the same images in each draw of a task."""
-    return {n: [e for few in episode_loader(episodes(), n, batch_size=2) for e in few] for n in (0, 2)}
+    """All episodes, by the number of worker processes."""
+    return {workers: load(episodes(), workers) for workers in (0, 2)}
+
+
+def load(data: Any, workers: int, **options: Any) -> list[Episode]:
+    return [episode for few in episode_loader(data, workers, batch_size=2, **options) for episode in few]
 
 
 def test_workers_draw_the_same_episodes_in_the_same_order(loaded: dict[int, list[Episode]]) -> None:
-    expected = [everything(episode) for episode in (episodes()[i] for i in range(18))]
+    expected = [everything(episode) for episode in items(episodes())]
     assert [everything(episode) for episode in loaded[0]] == expected
     assert [everything(episode) for episode in loaded[2]] == expected
 
 
-class Same(EvaluationEpisodes):
-    """One support set in all episodes, so that only augmentation can make them differ."""
+class Alike(Fake):
+    """All images are the same one, so that nothing but augmentation can make mini-batches differ."""
 
-    def __getitem__(self, index: int) -> Episode:
-        episode = super().__getitem__(index)
-        images, masks = self.source.load("eel", [0])
-        rng = np.random.default_rng([episode.seed, 1])
-        return Episode("same", 0, episode.support, episode.query, self.update.minibatches(Batch.from_numpy(images, masks), rng))
+    def load(self, task: str, which: Sequence[int]) -> tuple[UInt8, UInt8]:
+        return super().load("ant", [0] * len(which))
 
 
-def test_augmentation_differs_between_items_of_two_workers(loaded: dict[int, list[Episode]]) -> None:
-    """Workers that share a random state would augment alike; each of these has one image, eight times, augmented."""
-    options = {"update": update(augment=1.0, steps=1), "shots": 1, "queries": 1}
-    one = [e for few in episode_loader(Same(**arguments(**options)), 2) for e in few]
-    again = [e for few in episode_loader(Same(**arguments(**options)), 2) for e in few]
-    assert len({bytes_of(*episode.batches) for episode in one}) == 18
-    assert [bytes_of(*episode.batches) for episode in one] == [bytes_of(*episode.batches) for episode in again]
+def test_augmentation_differs_across_workers_and_repeats_under_the_seed() -> None:
+    """Workers with a random state of their own, copied from the parent, would augment alike."""
+    draw = partial(Reptile(shots=5).episode, Alike(), update(augment=1.0, steps=1), 0)
+    first, again = (load(TrainingEpisodes(draw, 12), 2) for _ in range(2))
+    seen = [bytes_of(*episode.batches) for episode in first]
+    assert len(set(seen)) == 12
+    assert [bytes_of(*episode.batches) for episode in again] == seen
+    other = partial(Reptile(shots=5).episode, Alike(), update(augment=1.0, steps=1), 1)
+    assert not {bytes_of(*episode.batches) for episode in load(TrainingEpisodes(other, 12), 0)} & set(seen)
+
+
+def test_a_resumed_run_goes_on_where_it_was() -> None:
+    draw = partial(Reptile(shots=5).episode, Fake(), update(), 0)
+    whole = load(TrainingEpisodes(draw, 12), 0)
+    start = 0
+    sampler = From(lambda: start, 12)
+    start = 8  # asked for when the iteration begins
+    rest = load(TrainingEpisodes(draw, 12), 0, sampler=sampler)
+    assert [everything(episode) for episode in rest] == [everything(episode) for episode in whole[8:]]
+
+
+# Choice of tasks
+
+
+def test_chosen_tasks_are_fixed_sorted_and_of_the_split() -> None:
+    names = [f"class {i:03}" for i in range(200)]
+    source = Fake({"train": names, "val": names, "test": names})
+    chosen = choose_tasks(source, "test", 20, seed=0)
+    assert chosen == choose_tasks(source, "test", 20, seed=0)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 20
+    assert set(chosen) <= set(names)
+    assert all(type(name) is str for name in chosen)
+    assert chosen != choose_tasks(source, "test", 20, seed=1)
+    assert chosen != choose_tasks(source, "val", 20, seed=0)
+    assert chosen[-1] > "class 100"  # not the first ones
+
+
+@pytest.mark.parametrize("number", [None, 6, 1000])
+def test_all_tasks_where_there_are_no_more(number: int | None) -> None:
+    assert choose_tasks(Fake(), "test", number, seed=0) == SPLIT_TASKS["test"]
+
+
+# Impossible requests
+
+
+def test_too_few_images_name_the_class_and_the_cure() -> None:
+    with pytest.raises(
+        DataError, match=r"needs 10 different images .* 1 classes have fewer: hen \(9\)\. Lower eval"
+    ) as e:
+        episodes(source=Fake(few="hen"), shots=6, queries=4)
+    assert "give these classes more images" in str(e.value)
+    episodes(source=Fake(few="hen"), shots=5, queries=4)
+
+
+def test_a_long_list_of_classes_is_cut() -> None:
+    names = [f"class{i}" for i in range(12)]
+    with pytest.raises(DataError, match=r"12 classes have fewer: class0 \(14\), .*class9 \(14\) …"):
+        check_counts(Fake(), names, 15)
+
+
+def test_an_empty_split() -> None:
+    with pytest.raises(DataError, match="the val split has no task; put at least one class into it"):
+        episodes(split="val", tasks=[])
+
+
+# Training episodes
+
+ALGORITHMS = [Reptile(shots=6), Fomaml(shots=6), FomamlStar(shots=10, tail=5), Joint()]
+
+
+def by_name(algo: Algorithm) -> str:
+    return type(algo).__name__
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS, ids=by_name)
+def test_training_episodes_depend_on_seed_and_index_alone(algo: Algorithm) -> None:
+    forwards = [everything(algo.episode(Fake(), update(), 0, i)) for i in range(12)]
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+    backwards = [everything(algo.episode(Fake(), update(), 0, i)) for i in reversed(range(12))]
+    assert forwards == backwards[::-1]
+    other_seed = [everything(algo.episode(Fake(), update(), 1, i)) for i in range(12)]
+    assert len({found for _, _, found in forwards + other_seed}) == 24
+    assert len({seed for _, seed, _ in forwards + other_seed}) == 24
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS, ids=by_name)
+def test_training_sees_all_training_tasks_and_no_other(algo: Algorithm) -> None:
+    """The original's training watched the test tasks, and took a task's first records only."""
+    tasks, images = set(), set()
+    for i in range(60):
+        episode = algo.episode(Fake(), update(augment=0.0), 0, i)
+        for batch in (episode.support, *episode.batches):
+            tasks |= set(batch.images[:, 0, 0, 0].tolist())
+            images |= set(numbers(batch))
+    assert tasks == {TASKS.index(task) for task in SPLIT_TASKS["train"]}
+    assert images == set(range(IMAGES))
+
+
+@pytest.mark.parametrize("algo", [Reptile(shots=6), Fomaml(shots=6)], ids=by_name)
+def test_all_shots_are_support(algo: Algorithm) -> None:
+    episode = algo.episode(Fake(), update(augment=0.0, steps=3, batch_size=8), 0, 0)
+    assert len(set(numbers(episode.support))) == 6
+    assert {n for batch in episode.batches for n in numbers(batch)} == set(numbers(episode.support))
+    assert [len(batch) for batch in episode.batches] == [8, 8, 8]
+
+
+def test_the_tail_of_fomaml_star_is_disjoint() -> None:
+    heads = set()
+    for i in range(40):
+        episode = FomamlStar(shots=10, tail=4).episode(Fake(), update(augment=0.0, steps=5, batch_size=8), 0, i)
+        *earlier, last = episode.batches
+        assert [len(batch) for batch in episode.batches] == [8, 8, 8, 8, 4]
+        head, tail = {n for batch in earlier for n in numbers(batch)}, set(numbers(last))
+        assert (len(head), len(tail)) == (6, 4)
+        assert head | tail == set(numbers(episode.support))
+        heads.add(frozenset(head))
+    assert len(heads) > 30  # the split is random
+
+
+def test_a_mixed_batch_has_the_batch_size_and_each_class_once_if_they_suffice() -> None:
+    (batch,) = Joint().episode(Fake(), update(augment=0.0, steps=1, batch_size=3), 0, 0).batches
+    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [0, 1, 2]
+    (batch,) = Joint().episode(Fake(), update(augment=0.0, steps=1, batch_size=20), 0, 0).batches
+    assert len(batch) == 20
+    assert torch.equal(batch.masks, batch.images[:, 2] // 128)

@@ -39,7 +39,7 @@ def test_cross_entropy_is_a_mean_over_all_pixels() -> None:
 
 
 def test_iou_is_averaged_over_the_batch_before_it_becomes_dice() -> None:
-    """IoUs 1/3 and 1/2, mean 5/12, dice 10/17; the mean of the dices would be 7/12, that of their logarithms ½·ln 1/3."""
+    """IoUs 1/3 and 1/2, mean 5/12, dice 10/17; not dice by dice (7/12 or ½·ln 1/3)."""
     masks = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [1, 1]]])
     loss = segmentation_loss(torch.zeros(2, 2, 2, 2), masks).item()
     assert loss == pytest.approx(math.log(2) - math.log(10 / 17), abs=1e-5)

@@ -93,7 +93,7 @@ def test_per_task_rows_average_to_the_result(finished: tuple[Path, float]) -> No
 
 def test_panels_and_checkpoints_are_left(finished: tuple[Path, float]) -> None:
     folder = finished[0]
-    (picture,) = (folder / "panels").iterdir()
+    (picture,) = (folder / "panels").glob("*.png")
     with Image.open(picture) as image:
         assert image.width > 300
     names = {path.name for path in (folder / "checkpoints").iterdir()}

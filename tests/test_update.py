@@ -141,7 +141,9 @@ def test_minibatches_leave_the_support_as_it_was() -> None:
 def test_the_generator_decides_the_minibatches() -> None:
     omega, few = update(augment=0.5, batch_size=8), support(5)
     first, again, other = (omega.minibatches(few, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) for a, b in zip(first, again, strict=True))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) for a, b in zip(first, again, strict=True)
+    )
     assert not all(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
 
 
@@ -172,9 +174,7 @@ def names(net: EfficientLab, parameters: list[torch.nn.Parameter]) -> set[str]:
 def test_everything_decays_but_batch_norm(net: EfficientLab, kind: Any) -> None:
     groups = update(optimizer=kind, weight_decay=0.25).make_optimizer(net).param_groups
     decays = {name: group["weight_decay"] for group in groups for name in names(net, group["params"])}
-    assert decays == {
-        name: 0.0 if BATCH_NORM.fullmatch(name) else 0.25 for name, _ in net.named_parameters()
-    }
+    assert decays == {name: 0.0 if BATCH_NORM.fullmatch(name) else 0.25 for name, _ in net.named_parameters()}
     assert sum(len(group["params"]) for group in groups) == len(decays)
     assert {group["lr"] for group in groups} == {0.1}
 

@@ -32,7 +32,8 @@ def augment(images: UInt8, masks: UInt8, rate: float, rng: np.random.Generator) 
         if rng.random() >= rate:
             continue
         for j in rng.permutation(len(operations))[: rng.integers(1, len(operations) + 1)]:
-            operation = operations[j]
+            variants = operations[j]
+            operation = variants[rng.integers(len(variants))]
             operation.set_random_seed(int(rng.integers(2**32)))
             result = operation(image=images[i], mask=masks[i])
             images[i], masks[i] = result["image"], result["mask"]
@@ -45,11 +46,12 @@ class Noise(A.ImageOnlyTransform):  # type: ignore[misc]  # albumentations has n
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the noise."""
         sigma = abs(self.random_generator.normal(5.1, 1.0))
-        return {"offset": self.random_generator.normal(0.0, sigma, params["shape"])}
+        noise = self.random_generator.standard_normal(params["shape"], dtype=np.float32)
+        return {"noise": np.float32(sigma) * noise}
 
-    def apply(self, img: UInt8, offset: Any, **params: Any) -> UInt8:
-        """Add it."""
-        return _add(img, offset)
+    def apply(self, img: UInt8, noise: Any, **params: Any) -> UInt8:
+        """Add it, rounded and clipped."""
+        return np.asarray(cv2.add(img, noise, dtype=cv2.CV_8U))
 
 
 class Exposure(A.ImageOnlyTransform):  # type: ignore[misc]
@@ -60,36 +62,24 @@ class Exposure(A.ImageOnlyTransform):  # type: ignore[misc]
         return {"offset": self.random_generator.normal(0.0, abs(self.random_generator.normal(12.75, 1.0)))}
 
     def apply(self, img: UInt8, offset: Any, **params: Any) -> UInt8:
-        """Add it."""
-        return _add(img, offset)
-
-
-def _add(image: UInt8, offset: Any) -> UInt8:
-    result: UInt8 = np.clip(np.rint(image + offset), 0, 255).astype(np.uint8)
-    return result
+        """Add it, rounded and clipped."""
+        table = np.clip(np.rint(np.arange(256) + offset), 0, 255).astype(np.uint8)
+        return np.asarray(cv2.LUT(img, table))
 
 
 @lru_cache
-def _operations(image_size: int) -> list[Any]:
+def _operations(image_size: int) -> list[list[Any]]:
+    """The six operations, each as its variants, of which one is drawn."""
     shift = max(1, round(23 / 224 * image_size))
-    greys = np.linspace(0, 255, 16).tolist()
+    rotations = (cv2.BORDER_REFLECT, cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
     return [
-        A.OneOf([A.Erasing(scale=(0.02, 0.1), ratio=(0.3, 3.3), fill=grey, fill_mask=0, p=1) for grey in greys], p=1),
-        A.OneOf(
-            [
-                A.Affine(translate_px=(-shift, shift), interpolation=cv2.INTER_NEAREST, border_mode=border, p=1)
-                for border in (cv2.BORDER_WRAP, cv2.BORDER_CONSTANT)
-            ],
-            p=1,
-        ),
-        A.HorizontalFlip(p=1),
-        Noise(p=1),
-        Exposure(p=1),
-        A.OneOf(
-            [
-                A.Rotate(limit=45, border_mode=border, p=1)
-                for border in (cv2.BORDER_REFLECT, cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
-            ],
-            p=1,
-        ),
+        [A.Erasing(scale=(0.02, 0.1), ratio=(0.3, 3.3), fill=grey, fill_mask=0, p=1) for grey in range(0, 256, 17)],
+        [
+            A.Affine(translate_px=(-shift, shift), interpolation=cv2.INTER_NEAREST, border_mode=border, p=1)
+            for border in (cv2.BORDER_WRAP, cv2.BORDER_CONSTANT)
+        ],
+        [A.HorizontalFlip(p=1)],
+        [Noise(p=1)],
+        [Exposure(p=1)],
+        [A.Rotate(limit=45, border_mode=border, p=1) for border in rotations],
     ]

@@ -27,6 +27,29 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=True)
 
 
+def convolve_with_constant(conv: nn.Conv2d, x: Tensor, constant: Tensor) -> Tensor:
+    """A 3×3 convolution, zero-padded by 1, of x with `constant` tiled behind it as further channels.
+
+    The same numbers as conv(cat(x, tiled)), but a tiled constant gives one result in the inside and eight at the
+    borders, so these nine are computed and spread out. Saves a quarter of the stride-4 decoder's arithmetic.
+
+    Args:
+        conv: of channels + c input channels.
+        x: shape (n, channels, h, w).
+        constant: shape (n, c, 1, 1).
+    """
+    channels = x.shape[1]
+    y = F.conv2d(x, conv.weight[:, :channels], conv.bias, padding=1)
+    tile = constant.expand(-1, -1, min(y.shape[2], 3), min(y.shape[3], 3))
+    nine = F.conv2d(tile, conv.weight[:, channels:], padding=1)
+    for dim in (2, 3):
+        size = y.shape[dim]
+        if size > 3:
+            place = torch.arange(size, device=x.device)
+            nine = nine.index_select(dim, (place > 0).long() + (place == size - 1).long())  # 0, 1, …, 1, 2
+    return y + nine
+
+
 class ResidualSkipDecoder(nn.Module):
     """RSD: merges deep features into a shallower skip connection and adds them back as a residual.
 
@@ -48,8 +71,12 @@ class ResidualSkipDecoder(nn.Module):
         """Merge (n, deep, h, w) into (n, skip, H, W); returns (n, channels, H, W)."""
         up = upsample(deep, skip.shape[2:])
         x = torch.cat([up, skip], dim=1)
-        pooled = x.mean(dim=(2, 3), keepdim=True).expand_as(x)
-        y: Tensor = self.fuse(torch.cat([self.point(x), self.dilated(x), pooled], dim=1))
+        conv, *activation_and_norm = self.fuse
+        assert isinstance(conv, nn.Conv2d)
+        branches = torch.cat([self.point(x), self.dilated(x)], dim=1)
+        y = convolve_with_constant(conv, branches, x.mean(dim=(2, 3), keepdim=True))
+        for layer in activation_and_norm:
+            y = layer(y)
         residual: Tensor = self.match(up)
         return y + residual
 
