@@ -35,7 +35,8 @@ def marked_image() -> tuple[Array, Array]:
 
 
 def apply(number: int, image: Array, mask: Array, seed: int) -> tuple[Array, Array]:
-    operation = _operations(SIZE)[number]
+    variants = _operations(SIZE)[number]
+    operation = variants[seed % len(variants)]
     operation.set_random_seed(seed)
     result = operation(image=image.copy(), mask=mask.copy())
     return result["image"], result["mask"]
@@ -136,7 +137,7 @@ class Probe:
 
 def test_one_to_six_operations_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[int] = []
-    monkeypatch.setattr(augment_module, "_operations", lambda size: [Probe(number, log) for number in range(6)])
+    monkeypatch.setattr(augment_module, "_operations", lambda size: [[Probe(number, log)] for number in range(6)])
     rng, runs = np.random.default_rng(0), []
     for _ in range(1200):
         log.clear()
@@ -230,7 +231,7 @@ def test_the_shift_is_in_proportion_to_the_image() -> None:
         image = np.zeros((size, size, 3), np.uint8)
         image[size // 2, size // 2] = MARKER
         moved = set()
-        operation = _operations(size)[MOVE]
+        operation = _operations(size)[MOVE][0]
         for seed in range(300):
             operation.set_random_seed(seed)
             place = np.argwhere(operation(image=image, mask=image[..., 0])["image"][..., 0])

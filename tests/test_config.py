@@ -51,7 +51,7 @@ def test_every_model_is_a_module(preset: str) -> None:
 def test_every_trainer_is_one(preset: str) -> None:
     trainer = instantiate(composed(f"trainer={preset}").trainer, logger=False, enable_progress_bar=False)
     assert isinstance(trainer, Trainer)
-    assert trainer.max_steps == 120
+    assert trainer.max_steps == 80
 
 
 def test_training_adapts_with_omega_but_for_what_the_algorithm_says() -> None:
