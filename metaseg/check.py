@@ -7,9 +7,9 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from metaseg.config import ConfigError, check_overrides, config_dir
-from metaseg.data.source import SPLITS, DataError, TaskSource, splits_sha256
-from metaseg.run import create
+from metaseg.config import config_dir
+from metaseg.data.source import SPLITS, TaskSource, splits_sha256
+from metaseg.run import create, launch
 
 
 def describe(source: TaskSource) -> str:
@@ -26,25 +26,17 @@ def describe(source: TaskSource) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _hydra_main(config: DictConfig) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the report says it in full
-            console.print(describe(create(config.dataset)), markup=False)
-    except DataError as error:
-        console.print(str(error), markup=False)
-        sys.exit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says it in full
+        report = describe(create(config.dataset))
+    Console(soft_wrap=True, highlight=False).print(report, markup=False)
 
 
 def main() -> None:
-    """Run from the command line; exit code 1 for a data set that cannot be used."""
+    """Run from the command line; the exit code is 1 for a data set that cannot be used."""
     # a look leaves nothing behind
     sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
-    try:
-        check_overrides(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"metaseg: {error}")
-    _hydra_main()
+    launch(_hydra_main)
 
 
 if __name__ == "__main__":

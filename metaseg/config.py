@@ -14,11 +14,8 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from metaseg.errors import ConfigError
 from metaseg.update import Update
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message says what to change."""
 
 
 def config_dir() -> Path:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from metaseg.models.backbone import WeightsError
+from metaseg.errors import WeightsError
 from metaseg.models.efficientlab import load_network
 
 

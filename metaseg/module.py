@@ -68,15 +68,16 @@ class MetaModule(pl.LightningModule):
         assert isinstance(schedule, LambdaLR)
 
         # 1. the mean pseudo-gradient, and the mean of the running statistics that the episodes ended with
-        direction: Tensor | float = 0.0
+        direction = torch.zeros(sum(p.numel() for p in self.net.parameters()), device=self.device)
+        loss = torch.zeros((), device=self.device)
         statistics = [torch.zeros_like(buffer) for buffer in running_statistics(self.net)]
         for episode in meta_batch:
-            direction = direction + self.algo.meta_gradient(self.net, episode, adapt) / len(meta_batch)
+            direction += self.algo.meta_gradient(self.net, episode, adapt) / len(meta_batch)
+            loss += adapt.last_loss / len(meta_batch)
             for mean, buffer in zip(statistics, running_statistics(adapt.phi), strict=True):
                 mean += buffer / len(meta_batch)
 
         # 2. written where any torch optimizer looks for a gradient
-        assert isinstance(direction, Tensor)
         parameters = list(self.net.parameters())
         for parameter, part in zip(parameters, torch.split(direction, [p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view(parameter.shape)
@@ -88,7 +89,7 @@ class MetaModule(pl.LightningModule):
         for buffer, mean in zip(running_statistics(self.net), statistics, strict=True):
             buffer.copy_(mean)
 
-        self.log("train/loss", adapt.last_loss, prog_bar=True, batch_size=len(meta_batch))
+        self.log("train/loss", loss, prog_bar=True)  # of the last inner steps
         self.log("train/meta_gradient_norm", direction.norm())
         self.log("train/seconds", time.perf_counter() - started)
 

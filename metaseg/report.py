@@ -10,6 +10,8 @@ from typing import Any, Literal
 import wandb
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +67,19 @@ def _wandb_mode() -> Literal["online", "offline"] | None:
         return "offline"
     console.print("W&B: online" if online else "W&B: offline; `wandb login` for online runs, `wandb sync DIR` for this")
     return "online" if online else "offline"
+
+
+class MetaProgressBar(RichProgressBar):
+    """Lightning's bar, which would speak of epochs; there is one, of all meta-steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "meta-training"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Loss and validation IoU, without the logger's version."""
+        metrics: dict[str, Any] = {**super().get_metrics(trainer, pl_module)}
+        metrics.pop("v_num", None)
+        return metrics
 
 
 def git_commit() -> str | None:

@@ -1,9 +1,10 @@
 """The entry: compose → check → meta-train → test → report. `python -m metaseg.run algo=reptile`."""
 
+import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,23 +12,25 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.algos import Algorithm
-from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.config import check, check_overrides, config_dir, inner_config, make_update, trains
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
 from metaseg.data.source import Split, TaskSource, splits_sha256
+from metaseg.errors import UserError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
 from metaseg.module import MetaModule
-from metaseg.report import close_loggers, make_loggers, report
+from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
 from metaseg.seeding import torch_seed
 from metaseg.update import Update
 
@@ -119,7 +122,7 @@ def fit(
     )
     trainer = create(
         config.trainer,
-        callbacks=[checkpoint, RichProgressBar()],
+        callbacks=[checkpoint, MetaProgressBar()],
         logger=loggers,
         default_root_dir=folder,
         check_val_every_n_epoch=None,
@@ -131,6 +134,7 @@ def fit(
     with warnings.catch_warnings():
         # ours is: the sampler starts from the trainer's meta-step
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
     load_initialisation(net, Path(checkpoint.best_model_path), about.model)
     return replace(about, meta_steps=trainer.global_step)
@@ -199,13 +203,19 @@ def _hydra_main(config: DictConfig) -> float:
     return run(config, Path(HydraConfig.get().runtime.output_dir))
 
 
-def main() -> None:
-    """Run from the command line."""
+def launch(hydra_main: Callable[[], Any]) -> None:
+    """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come out of Hydra as they are
     try:
         check_overrides(sys.argv[1:])
-    except ConfigError as error:
+        hydra_main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"metaseg: {error}")
-    _hydra_main()
+
+
+def main() -> None:
+    """Run from the command line."""
+    launch(_hydra_main)
 
 
 if __name__ == "__main__":

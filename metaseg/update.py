@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from metaseg.data.augment import augment
 from metaseg.episode import Batch
+from metaseg.errors import ConfigError, DataError
 
 BatchNormPolicy = Literal["running", "support", "batch"]
 Part = Literal["all", "decoder", "head", "batchnorm"]
@@ -99,7 +100,7 @@ class Update:
         }
         for name, (holds, cure) in rules.items():
             if not holds:
-                raise ValueError(f"update.{name}={getattr(self, name)}: give {cure}")
+                raise ConfigError(f"update.{name}={getattr(self, name)}: give {cure}")
 
     def minibatches(self, support: Batch, rng: np.random.Generator) -> tuple[Batch, ...]:
         """Draw the mini-batches of one adaptation: `steps` of `batch_size`, shuffled and augmented.
@@ -107,7 +108,7 @@ class Update:
         The support is shuffled, and shuffled again each time that it is used up; a batch may span two rounds.
         """
         if not len(support):
-            raise ValueError("an empty support set: give at least one image to adapt to")
+            raise DataError("an empty support set: give at least one image to adapt to")
         images, masks = support.numpy()
         order = _rounds(len(support), rng)
         batches = []

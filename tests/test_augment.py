@@ -150,6 +150,15 @@ def test_one_to_six_operations_in_random_order(monkeypatch: pytest.MonkeyPatch) 
     assert len({run for run in runs if len(run) == 2}) == 30
 
 
+def test_each_variant_of_an_operation_is_as_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[int] = []
+    monkeypatch.setattr(augment_module, "_operations", lambda size: [[Probe(number, log) for number in range(4)]])
+    augment(*noise_images(1000, size=2), 1.0, np.random.default_rng(0))
+    counted = Counter(log)
+    assert len(counted) == 4
+    assert all(abs(count - 250) < 5 * np.sqrt(1000 * 1 / 4 * 3 / 4) for count in counted.values())
+
+
 # Each operation
 
 
@@ -231,8 +240,9 @@ def test_the_shift_is_in_proportion_to_the_image() -> None:
         image = np.zeros((size, size, 3), np.uint8)
         image[size // 2, size // 2] = MARKER
         moved = set()
-        operation = _operations(size)[MOVE][0]
+        variants = _operations(size)[MOVE]
         for seed in range(300):
+            operation = variants[seed % len(variants)]
             operation.set_random_seed(seed)
             place = np.argwhere(operation(image=image, mask=image[..., 0])["image"][..., 0])
             moved |= {int(x) - size // 2 for x in place.flatten()}

@@ -24,7 +24,7 @@ def test_a_sound_and_a_broken_data_set_are_reported(tmp_path: Path) -> None:
     (root / "a" / "3.png").unlink()
     done = check(tmp_path, *overrides)
     assert done.returncode == 1
-    assert "3.jpg" in done.stdout
+    assert "3.jpg" in done.stderr
     done = check(tmp_path, *overrides, "dataset.min_images=9")
     assert done.returncode == 0
     assert "1 × image without a mask" in done.stdout

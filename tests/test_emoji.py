@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from metaseg.data import compositing, emoji
 from metaseg.data.compositing import Scene
 from metaseg.data.emoji import EmojiSource, concepts, draw_image, draw_scene, names_of
-from metaseg.data.source import SPLITS, DataError
+from metaseg.data.source import SPLITS
+from metaseg.errors import DataError
 
 SIZE = 16
 SAMPLE = 400

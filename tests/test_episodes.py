@@ -20,8 +20,9 @@ from metaseg.data.episodes import (
     episode_loader,
     sample_episode,
 )
-from metaseg.data.source import DataError, Split, UInt8
+from metaseg.data.source import Split, UInt8
 from metaseg.episode import Batch, Episode
+from metaseg.errors import DataError
 from metaseg.update import Update
 
 IMAGES, SIZE = 14, 16

@@ -11,7 +11,8 @@ from trees import write_splits, write_tree
 
 from metaseg.data.folder import FolderSource, read_image, read_mask
 from metaseg.data.fss1000 import Fss1000Source, fss1000_splits
-from metaseg.data.source import SPLITS, DataError
+from metaseg.data.source import SPLITS
+from metaseg.errors import DataError
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

@@ -129,7 +129,7 @@ def shaken(net: Any) -> Any:
 
 
 @pytest.mark.parametrize(("deep", "skip", "channels"), [(6, 4, 6), (7, 4, 5)])
-@pytest.mark.parametrize("sizes", [((2, 3), (8, 12)), ((3, 3), (3, 3)), ((1, 2), (5, 7))])
+@pytest.mark.parametrize("sizes", [((2, 3), (8, 12)), ((3, 3), (3, 3)), ((1, 2), (5, 7)), ((1, 1), (1, 2))])
 def test_rsd_is_its_slow_restatement(deep: int, skip: int, channels: int, sizes: Any) -> None:
     rsd = shaken(ResidualSkipDecoder(deep, skip, channels))
     x, y = (torch.randn(2, c, *hw, dtype=torch.float64) for c, hw in zip((deep, skip), sizes, strict=True))

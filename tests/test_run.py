@@ -20,9 +20,8 @@ from test_config import GROUPS, presets
 from trees import write_splits, write_tree
 
 from metaseg.config import config_dir
-from metaseg.data.source import DataError
+from metaseg.errors import DataError, WeightsError
 from metaseg.initialisation import load_initialisation
-from metaseg.models import WeightsError
 from metaseg.run import run
 
 CLASSES = [f"class_{i}" for i in range(8)]

@@ -11,6 +11,7 @@ from metaseg.adapt import Adapter
 from metaseg.data.episodes import check_counts, sample_episode
 from metaseg.data.source import TaskSource
 from metaseg.episode import Batch, Episode
+from metaseg.errors import ConfigError
 from metaseg.seeding import derive_seed, generator
 from metaseg.update import Update
 
@@ -24,7 +25,7 @@ class Algorithm(ABC):
 
     def __init__(self, shots: int) -> None:
         if shots < 1:
-            raise ValueError(f"algo.method.shots={shots}: give 1 or more")
+            raise ConfigError(f"algo.method.shots={shots}: give 1 or more")
         self.shots = shots
 
     @abstractmethod
@@ -56,7 +57,7 @@ class Algorithm(ABC):
         """Refuse a data set or a training ω that this algorithm can't work with.
 
         Raises:
-            ValueError: saying what to change.
+            ConfigError: saying what to change.
         """
         check_counts(source, source.names("train"), self.shots)
 

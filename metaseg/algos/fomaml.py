@@ -11,6 +11,7 @@ from metaseg.adapt import Adapter
 from metaseg.algos.base import Algorithm, flat
 from metaseg.data.source import TaskSource
 from metaseg.episode import Batch, Episode
+from metaseg.errors import ConfigError
 from metaseg.update import Update
 
 
@@ -41,7 +42,7 @@ class FomamlStar(Fomaml):
     def __init__(self, shots: int, tail: int) -> None:
         super().__init__(shots)
         if not 1 <= tail < shots:
-            raise ValueError(f"algo.method.tail={tail}: give 1 … {shots - 1}, fewer than algo.method.shots={shots}")
+            raise ConfigError(f"algo.method.tail={tail}: give 1 … {shots - 1}, fewer than algo.method.shots={shots}")
         self.tail = tail
 
     def minibatches(self, support: Batch, update: Update, rng: np.random.Generator) -> tuple[Batch, ...]:
@@ -53,4 +54,4 @@ class FomamlStar(Fomaml):
         """As every algorithm; and the tail alone would be plain joint training on tails."""
         super().check(source, update)
         if update.steps < 2:
-            raise ValueError(f"algo.inner.steps={update.steps}: fomaml_star needs 2 or more, the last is the tail's")
+            raise ConfigError(f"algo.inner.steps={update.steps}: fomaml_star needs 2 or more, the last is the tail's")

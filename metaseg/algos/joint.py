@@ -10,6 +10,7 @@ from metaseg.algos.reptile import Reptile
 from metaseg.data.augment import augment
 from metaseg.data.source import TaskSource
 from metaseg.episode import Batch, Episode
+from metaseg.errors import ConfigError
 from metaseg.seeding import derive_seed, generator
 from metaseg.update import Update
 
@@ -38,7 +39,7 @@ class Joint(Reptile):
         super().check(source, update)
         optimizer = update.optimizer
         if update.steps != 1 or update.lr != 1 or getattr(optimizer, "func", optimizer) is not SGD:
-            raise ValueError(
+            raise ConfigError(
                 "algo=joint takes one inner step of plain SGD at lr 1: leave algo.inner.steps=1, algo.inner.lr=1 and "
                 "algo.inner.optimizer as they are; the training's learning rate is algo.outer.lr"
             )

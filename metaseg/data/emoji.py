@@ -32,7 +32,8 @@ from PIL import Image
 from rich.progress import track
 
 from metaseg.data.compositing import CutOut, Scene, background, corner, cut_out, jitter, place, pose
-from metaseg.data.source import SPLITS, DataError, Split, UInt8
+from metaseg.data.source import SPLITS, Split, UInt8
+from metaseg.errors import DataError
 from metaseg.seeding import generator
 
 FORMAT = 1  # raise it whenever the same arguments give other images or classes: old caches are then left alone

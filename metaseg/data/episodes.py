@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from metaseg.data.source import DataError, Split, TaskSource
+from metaseg.data.source import Split, TaskSource
 from metaseg.episode import Batch, Episode
+from metaseg.errors import DataError
 from metaseg.seeding import derive_seed, generator
 from metaseg.update import Update
 

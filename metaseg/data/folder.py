@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from metaseg.data.source import SPLITS, DataError, Split, UInt8
+from metaseg.data.source import SPLITS, Split, UInt8
+from metaseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 MASK_SUFFIX = ".png"

@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from metaseg.data.folder import FolderSource
-from metaseg.data.source import SPLITS, DataError, Split
+from metaseg.data.source import SPLITS, Split
+from metaseg.errors import DataError
 
 NESTED = "fewshot_data"  # the public archive holds its folder of classes inside a folder of the same name
 CURE = (

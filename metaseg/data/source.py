@@ -14,10 +14,6 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 UInt8 = NDArray[np.uint8]
 
 
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message lists the places and says what to do."""
-
-
 class TaskSource(Protocol):
     """A data set. A new one is a class with these members and a YAML in `conf/dataset/` that names it.
 

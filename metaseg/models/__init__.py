@@ -1,6 +1,5 @@
 """Networks: images (n, 3, h, w) in 0 … 255 to logits (n, 2, h, w); they never see an episode."""
 
-from metaseg.models.backbone import WeightsError
 from metaseg.models.efficientlab import EfficientLab
 
-__all__ = ["EfficientLab", "WeightsError"]
+__all__ = ["EfficientLab"]

@@ -11,9 +11,7 @@ from timm.layers.drop import DropPath
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
-
-class WeightsError(ValueError):
-    """Weights that are missing or do not fit; the message says what to do."""
+from metaseg.errors import ConfigError, WeightsError
 
 
 class Backbone(nn.Module):
@@ -30,7 +28,9 @@ class Backbone(nn.Module):
         super().__init__()
         net = timm.create_model(name, pretrained=False)
         if not isinstance(net, EfficientNet):
-            raise ValueError(f"{name} is a {type(net).__name__}; choose a timm EfficientNet such as tf_efficientnet_b0")
+            raise ConfigError(
+                f"model.backbone={name} is a {type(net).__name__}: choose a timm EfficientNet, as tf_efficientnet_b0"
+            )
         # module name → (stride, channels) of each stage's end, as far as stride 16
         ends = {f["module"]: (f["reduction"], f["num_chs"]) for f in net.feature_info if f["reduction"] <= 16}
         self.conv_stem, self.bn1 = net.conv_stem, net.bn1

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaseg.models.backbone import Backbone, WeightsError, imagenet_weights, read_weights
+from metaseg.errors import ConfigError, WeightsError
+from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
 
 BATCH_NORM_MOMENTUM = 0.01  # the original's 0.99 in TensorFlow's terms
 BATCH_NORM_EPS = 1e-3  # of the decoders; a backbone keeps the one that its weights were trained with
@@ -92,7 +93,7 @@ class EfficientLab(nn.Module):
             the whole network's (an `init.safetensors`).
 
     Raises:
-        ValueError: if a stride does not exist; WeightsError if the weights are missing or don't fit.
+        ConfigError: if a stride does not exist; WeightsError if the weights are missing or don't fit.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class EfficientLab(nn.Module):
         self.backbone = Backbone(backbone, drop_path)
         widths = self.backbone.channels
         if not rsd or list(rsd) != sorted(set(rsd), reverse=True) or not set(rsd) <= set(widths):
-            raise ValueError(
+            raise ConfigError(
                 f"model.rsd={list(rsd)}: give distinct strides from deep to shallow, out of {sorted(widths)}"
             )
         self.strides = tuple(rsd)
