@@ -10,7 +10,8 @@ import torch
 
 def derive_seed(*key: int | str) -> int:
     """A seed in 0 … 2⁶³ − 1 for what `key` names, such as (run seed, "train", index); equal on every machine."""
-    digest = hashlib.sha256("\0".join(f"{type(part).__name__}:{part}" for part in key).encode()).digest()
+    named = (f"str:{part}" if isinstance(part, str) else f"int:{int(part)}" for part in key)  # NumPy's integers too
+    digest = hashlib.sha256("\0".join(named).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -324,3 +324,11 @@ def test_a_mixed_batch_has_the_batch_size_and_each_class_once_if_they_suffice() 
     (batch,) = Joint().episode(Fake(), update(augment=0.0, steps=1, batch_size=20), 0, 0).batches
     assert len(batch) == 20
     assert torch.equal(batch.masks, batch.images[:, 2] // 128)
+
+
+def test_there_are_as_many_as_there_are() -> None:
+    some = episodes()
+    assert sum(1 for _ in some) == len(some)
+    for index in (-1, len(some)):
+        with pytest.raises(IndexError, match=f"episode {index} of {len(some)}"):
+            some[index]

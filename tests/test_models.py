@@ -15,7 +15,8 @@ import torch
 from timm.layers.drop import DropPath
 from torch import nn
 
-from metaseg.models import EfficientLab, WeightsError
+from metaseg.errors import WeightsError
+from metaseg.models import EfficientLab
 from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
 from metaseg.models.efficientlab import ResidualSkipDecoder
 
@@ -255,7 +256,7 @@ def test_strides_that_do_not_work(rsd: Sequence[Any]) -> None:
 
 
 def test_a_backbone_that_is_no_efficientnet() -> None:
-    with pytest.raises(ValueError, match="resnet18 is a ResNet; choose a timm EfficientNet"):
+    with pytest.raises(ValueError, match="model.backbone=resnet18 is a ResNet: choose a timm EfficientNet"):
         EfficientLab("resnet18")
 
 

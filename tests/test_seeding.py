@@ -57,3 +57,7 @@ def test_torch_seed_decides_what_is_drawn() -> None:
     assert torch.equal(draw(3), expected)
     assert torch.equal(draw(3), expected)
     assert not torch.equal(draw(4), expected)
+
+
+def test_numpys_integers_are_integers() -> None:
+    assert derive_seed(np.int64(3), "train") == derive_seed(3, "train")

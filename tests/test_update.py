@@ -221,3 +221,9 @@ def test_only_the_selected_part_moves(net: EfficientLab, part: Any) -> None:
     theta = dict(net.named_parameters())
     moved = {name for name, p in phi.named_parameters() if not torch.equal(p, theta[name])}
     assert moved == selected(net, part)
+
+
+@pytest.mark.parametrize("every", [0, -0.5, 1.5])
+def test_a_step_schedule_that_never_passes_is_refused(every: float) -> None:
+    with pytest.raises(ValueError, match="update.schedule.every"):
+        Step(every=every)

@@ -87,6 +87,8 @@ class EvaluationEpisodes(Dataset[Episode]):
         return len(self.tasks) * self.draws
 
     def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < len(self):
+            raise IndexError(f"episode {index} of {len(self)}")
         draw, number = divmod(index, len(self.tasks))
         task = self.tasks[number]
         key = (self.seed, self.split, task, draw)
@@ -104,6 +106,8 @@ class TrainingEpisodes(Dataset[Episode]):
         return self.length
 
     def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < len(self):
+            raise IndexError(f"episode {index} of {len(self)}")
         return self.draw(index)
 
 
