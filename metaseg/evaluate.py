@@ -1,14 +1,16 @@
 """The meta-test error of (θ, ω) on fixed episodes: adapt to each support set, score the query set."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from metaseg.adapt import Adapter, predict
 from metaseg.episode import Episode
@@ -21,15 +23,13 @@ class Score:
     """What one episode gave.
 
     Attributes:
-        episode: the episode, without its mini-batches.
-        prediction: object masks of the query images, shape (queries, h, w), {0, 1}, on the CPU.
+        task: the episode's task.
         counts: pixel counts of `metrics.counts`, shape (queries, 4), after adaptation.
         counts_before: the same before it.
         loss: the query set's loss after adaptation, without L2.
     """
 
-    episode: Episode
-    prediction: Tensor
+    task: str
     counts: Floats
     counts_before: Floats
     loss: float
@@ -46,17 +46,38 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An episode to look at, on the CPU.
+
+    Attributes:
+        episode: support and query, without the mini-batches.
+        prediction: object masks of the query images, shape (queries, h, w), {0, 1}.
+        score: of the episode.
+    """
+
+    episode: Episode
+    prediction: Tensor
+    score: Score
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Scores of all episodes, task by task in each draw, and their summaries, each named for what it is."""
+    """Scores of all episodes, task by task in each draw, and their summaries, each named for what it is.
+
+    Attributes:
+        scores: of all episodes.
+        examples: the first few, with their images.
+    """
 
     scores: Sequence[Score]
+    examples: Sequence[Example] = ()
 
     @cached_property
     def by_task(self) -> dict[str, list[Score]]:
         """The draws of each task."""
         tasks: dict[str, list[Score]] = {}
         for score in self.scores:
-            tasks.setdefault(score.episode.task, []).append(score)
+            tasks.setdefault(score.task, []).append(score)
         return tasks
 
     @property
@@ -119,7 +140,7 @@ class Evaluation:
         drawn: dict[str, int] = {}
         rows: list[dict[str, str | int | float]] = []
         for score in self.scores:
-            task = score.episode.task
+            task = score.task
             drawn[task] = drawn.get(task, -1) + 1
             rows.append(
                 {
@@ -141,30 +162,32 @@ class Evaluation:
             writer.writerows(rows)
 
 
-def score_episode(theta: nn.Module, episode: Episode, adapt: Adapter) -> Score:
+def score_episode(theta: nn.Module, episode: Episode, adapt: Adapter) -> Example:
     """Adapt θ to the support set and score the query set; the same before adaptation."""
     query, update = episode.query, adapt.update
-    before = predict(theta, query.images, update, episode.support).argmax(1)
+    before = predict(theta, query.images, update, episode.support).argmax(dim=1)
     logits = predict(adapt(theta, episode), query.images, update, episode.support)
     prediction = logits.argmax(dim=1)
-    return Score(
-        episode=Episode(episode.task, episode.seed, episode.support, query),
-        prediction=prediction.cpu(),
+    score = Score(
+        task=episode.task,
         counts=counts(prediction, query.masks).cpu().numpy().astype(np.float64),
         counts_before=counts(before, query.masks).cpu().numpy().astype(np.float64),
         loss=float(segmentation_loss(logits, query.masks)),
     )
+    return Example(replace(episode, batches=()).to(torch.device("cpu")), prediction.cpu(), score)
 
 
 def evaluate(
-    theta: nn.Module, episodes: Iterable[list[Episode]], adapt: Adapter, *, total: int, title: str
+    theta: nn.Module, episodes: DataLoader[list[Episode]], adapt: Adapter, *, title: str, examples: int = 0
 ) -> Evaluation:
-    """Score all episodes of a loader, with a progress bar."""
+    """Score all episodes of a loader, one at a time, with a progress bar; keep the first `examples` to look at."""
     device = next(theta.parameters()).device
-    return Evaluation(
-        [
-            score_episode(theta, episode.to(device), adapt)
-            for few in track(episodes, description=title, total=total)
-            for episode in few
-        ]
-    )
+    scores: list[Score] = []
+    kept: list[Example] = []
+    for few in track(episodes, description=title):
+        for episode in few:
+            example = score_episode(theta, episode.to(device), adapt)
+            scores.append(example.score)
+            if len(kept) < examples:
+                kept.append(example)
+    return Evaluation(scores, kept)

@@ -96,7 +96,7 @@ class MetaModule(pl.LightningModule):
     def validation_step(self, episodes: list[Episode], batch_idx: int) -> None:
         """Adapt to a held-out task and score it."""
         for episode in episodes:
-            score = score_episode(self.net, episode, self.adapters["val"])
+            score = score_episode(self.net, episode, self.adapters["val"]).score
             self.log("val/iou", score.iou, prog_bar=True, on_epoch=True, batch_size=1)
             self.log("val/loss", score.loss, on_epoch=True, batch_size=1)
 

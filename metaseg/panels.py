@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from metaseg.data.source import UInt8
-from metaseg.evaluate import Evaluation, Score
+from metaseg.evaluate import Evaluation, Example
 from metaseg.metrics import iou
 
 matplotlib.use("Agg")
@@ -27,12 +27,12 @@ def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int
     return tinted.astype(np.uint8)
 
 
-def panel(score: Score) -> Figure:
+def panel(example: Example) -> Figure:
     """One episode: the support with its masks, the query, the prediction and the truth, row by row."""
-    support, support_masks = score.episode.support.numpy()
-    query, truth = score.episode.query.numpy()
-    prediction = score.prediction.numpy()
-    ious = iou(score.counts[:, 0], score.counts[:, 1])
+    support, support_masks = example.episode.support.numpy()
+    query, truth = example.episode.query.numpy()
+    prediction = example.prediction.numpy()
+    ious = iou(example.score.counts[:, 0], example.score.counts[:, 1])
     rows: list[tuple[str, list[UInt8], list[str]]] = [
         ("support", [overlay(i, m, TRUTH) for i, m in zip(support, support_masks, strict=True)], []),
         ("query", list(query), []),
@@ -56,45 +56,46 @@ def panel(score: Score) -> Figure:
                 ax.set_title(captions[j], fontsize=8, pad=2)
         line[0].set_ylabel(name, fontsize=9)
     figure.suptitle(
-        f"{score.episode.task}: IoU {score.iou_before:.2f} before adaptation, {score.iou:.2f} after", fontsize=9
+        f"{example.episode.task}: IoU {example.score.iou_before:.2f} before adaptation, {example.score.iou:.2f} after",
+        fontsize=9,
     )
     return figure
 
 
-def write_panels(scores: Sequence[Score], folder: Path) -> None:
+def write_panels(examples: Sequence[Example], folder: Path) -> None:
     """Write one PNG an episode, named by its task, and all their predicted masks into `predictions.npz`.
 
     The masks are keyed by task, shape (queries, h, w), uint8, {0, 1}.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for score in scores:
-        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in score.episode.task)
-        panel(score).savefig(folder / f"{safe}.png", dpi=110)
-    masks: dict[str, Any] = {score.episode.task: score.prediction.numpy().astype(np.uint8) for score in scores}
+    for example in examples:
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in example.episode.task)
+        panel(example).savefig(folder / f"{safe}.png", dpi=110)
+    masks: dict[str, Any] = {example.episode.task: example.prediction.numpy().astype(np.uint8) for example in examples}
     np.savez_compressed(folder / "predictions.npz", **masks)
 
 
-def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, panels: Sequence[Score], split: str) -> None:
-    """Log the per-task table and, with their masks, the query images of `panels` to a W&B run."""
+def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, split: str) -> None:
+    """Log the per-task table and, with their masks, the examples' query images to a W&B run."""
     rows = evaluation.rows()
     media: dict[str, object] = {
         f"{split}/per_task": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     }
-    if panels:
-        media[f"{split}/panels"] = [image for score in panels for image in _wandb_images(score)]
+    if evaluation.examples:
+        media[f"{split}/panels"] = [image for example in evaluation.examples for image in _wandb_images(example)]
     run.log(media)
 
 
-def _wandb_images(score: Score) -> list[wandb.Image]:
-    images, truth = score.episode.query.numpy()
+def _wandb_images(example: Example) -> list[wandb.Image]:
+    images, truth = example.episode.query.numpy()
     return [
         wandb.Image(
             image,
-            caption=f"{score.episode.task}, query {i}",
+            caption=f"{example.episode.task}, query {i}",
             masks={
                 "prediction": {"mask_data": predicted.astype(np.uint8), "class_labels": _LABELS},
                 "truth": {"mask_data": true, "class_labels": _LABELS},
             },
         )
-        for i, (image, predicted, true) in enumerate(zip(images, score.prediction.numpy(), truth, strict=True))
+        for i, (image, predicted, true) in enumerate(zip(images, example.prediction.numpy(), truth, strict=True))
     ]

@@ -100,7 +100,6 @@ def report(
     test: Evaluation | None,
     loggers: Sequence[Logger],
     folder: Path,
-    panels: int,
 ) -> None:
     """Write results.json, per_task.csv and panels into `folder`, log the numbers, print the table.
 
@@ -110,7 +109,6 @@ def report(
         test: on the test tasks; None if they were not touched.
         loggers: of the run.
         folder: of the run.
-        panels: how many episodes to draw, of the test tasks if there are any.
     """
     evaluations = {"val": validation, "test": test}
     summaries = {split: e.summary() if e else None for split, e in evaluations.items()}
@@ -119,14 +117,14 @@ def report(
 
     split, shown = ("test", test) if test else ("val", validation)
     shown.write_csv(folder / "per_task.csv")
-    write_panels(shown.scores[:panels], folder / "panels")
+    write_panels(shown.examples, folder / "panels")
     for logger in loggers:
         for name, evaluation in evaluations.items():
             if evaluation:
                 metrics = {f"{name}/{key}": value for key, value in evaluation.metrics().items()}
                 logger.log_metrics(metrics, step=head["meta_steps"])
         if isinstance(logger, WandbLogger):
-            log_to_wandb(logger.experiment, shown, shown.scores[:panels], split)
+            log_to_wandb(logger.experiment, shown, split)
     _print_table(head, evaluations, folder)
 
 

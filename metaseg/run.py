@@ -1,11 +1,12 @@
 """The entry: compose → check → meta-train → test → report. `python -m metaseg.run algo=reptile`."""
 
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,41 +36,51 @@ from metaseg.seeding import torch_seed
 from metaseg.update import Update
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a configuration asks for, built and checked before anything is written.
+
+    Attributes:
+        config: composed.
+        source: the data set.
+        net: θ's network, as initialised.
+        update: ω, but for the choice of its learning rate.
+        algo: None if there is nothing to train.
+        inner: ω while meta-training; None likewise.
+        about: what is known of θ.
+    """
+
+    config: DictConfig
+    source: TaskSource
+    net: nn.Module
+    update: Update
+    algo: Algorithm | None
+    inner: Update | None
+    about: About
+
+
 def run(config: DictConfig, folder: Path) -> float:
     """Do what a composed configuration says, and leave the results in `folder`.
 
     Returns:
         The headline metric: mean IoU on the test tasks; on the validation tasks for mode=fit. In [0, 1].
+
+    Raises:
+        UserError: saying what to change; before anything is written, if it could be known.
     """
     started = time.perf_counter()
-    check(config)
-    source = create(config.dataset)
-    with torch_seed(config.seed):
-        net = create(config.model).to(memory_format=torch.channels_last)
-    update = make_update(config["update"])
-    about = About(
-        model=plain(config.model),
-        algo=config.algo.name,
-        dataset=source.name,
-        splits_sha256=splits_sha256(source),
-        seed=config.seed,
-        meta_steps=0,
-        update=plain(config["update"]),
-    )
+    job = build(config)
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
-        if trains(config):
-            about = fit(config, source, net, update, about, loggers, folder)
-        elif config.ckpt_path is not None:
-            about = replace(load_initialisation(net, Path(config.ckpt_path), plain(config.model)), update=about.update)
-        update, validations, test = score(config, source, net.to(device_of(config)), update)
+        about = initialise(job, loggers, folder)
+        job.net.to(device_of(config))
+        update, validations, test = score(job)
         about = replace(about, update={**about.update, "lr": update.lr})
-        headline = test or validations[update.lr]
         head = {
             "algo": about.algo,
-            "dataset": source.name,
-            "splits_sha256": splits_sha256(source),
+            "dataset": job.source.name,
+            "splits_sha256": splits_sha256(job.source),
             "shots": config.evaluate.shots,
             "update": about.update,
             "batchnorm": update.batchnorm,
@@ -79,41 +90,67 @@ def run(config: DictConfig, folder: Path) -> float:
             "wall_s": round(time.perf_counter() - started, 1),
             "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
         }
-        save_initialisation(net, about, folder / "init.safetensors")
-        report(head, validations[update.lr], test, loggers, folder, config.evaluate.panels)
+        save_initialisation(job.net, about, folder / "init.safetensors")
+        report(head, validations[update.lr], test, loggers, folder)
         exit_code = 0
     finally:
         close_loggers(loggers, exit_code)
-    return headline.iou
+    return (test or validations[update.lr]).iou
 
 
-def fit(
-    config: DictConfig,
-    source: TaskSource,
-    net: nn.Module,
-    update: Update,
-    about: About,
-    loggers: Sequence[Logger],
-    folder: Path,
-) -> About:
-    """Meta-train `net` in place; it ends as the checkpoint with the best validation IoU."""
-    algo: Algorithm = create(config.algo.method)
-    inner = make_update(inner_config(config), "algo.inner")
-    algo.check(source, inner)
-    steps = config.trainer.max_steps
+def build(config: DictConfig) -> Job:
+    """Check a configuration, and make what it names."""
+    check(config)
+    source: TaskSource = create(config.dataset)
+    update = make_update(config["update"])
+    for split in ("val", "test"):
+        evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
+    algo = inner = None
+    if trains(config):
+        algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
+        algo.check(source, inner)
+    with torch_seed(config.seed):
+        net = create(config.model).to(memory_format=torch.channels_last)
+    about = About(
+        model=plain(config.model),
+        algo=config.algo.name,
+        dataset=source.name,
+        splits_sha256=splits_sha256(source),
+        seed=config.seed,
+        meta_steps=0,
+        update=plain(config["update"]),
+    )
+    return Job(config, source, net, update, algo, inner, about)
+
+
+def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
+    """Bring θ into `job.net`: meta-train it, or load it, or leave it as it is; returns what is known of it then."""
+    if job.algo and job.inner:
+        path, meta_steps = fit(job, job.algo, job.inner, loggers, folder)
+        load_initialisation(job.net, path, job.about.model)
+        return replace(job.about, meta_steps=meta_steps)
+    if job.config.ckpt_path is not None:
+        about = load_initialisation(job.net, Path(job.config.ckpt_path), job.about.model)
+        return replace(about, update=job.about.update)
+    return job.about
+
+
+def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path) -> tuple[Path, int]:
+    """Meta-train; returns the checkpoint with the best validation IoU and the number of meta-steps taken."""
+    config, steps = job.config, job.config.trainer.max_steps
     module = MetaModule(
-        net,
+        job.net,
         algo,
         inner=inner,
-        update=update,
+        update=job.update,
         outer=create(config.algo.outer),
         final_lr=config.algo.final_lr,
         meta_steps=steps,
-        about=asdict(about),
+        about=asdict(job.about),
     )
     data = EpisodeData(
-        TrainingEpisodes(partial(algo.episode, source, inner, config.seed), steps * config.algo.meta_batch),
-        evaluation_episodes(config, source, "val", update),
+        TrainingEpisodes(partial(algo.episode, job.source, inner, config.seed), steps * config.algo.meta_batch),
+        evaluation_episodes(config, job.source, "val", job.update),
         meta_batch=config.algo.meta_batch,
         workers=config.workers,
     )
@@ -126,7 +163,7 @@ def fit(
         logger=loggers,
         default_root_dir=folder,
         check_val_every_n_epoch=None,
-        val_check_interval=max(1, steps // config.evaluate.validations),
+        val_check_interval=validation_interval(steps, config.evaluate.validations),
         num_sanity_val_steps=0,
         inference_mode=False,  # validation adapts, which needs gradients
         enable_model_summary=False,
@@ -136,26 +173,29 @@ def fit(
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
-    load_initialisation(net, Path(checkpoint.best_model_path), about.model)
-    return replace(about, meta_steps=trainer.global_step)
+    return Path(checkpoint.best_model_path), trainer.global_step
 
 
-def score(
-    config: DictConfig, source: TaskSource, theta: nn.Module, update: Update
-) -> tuple[Update, dict[float, Evaluation], Evaluation | None]:
+def validation_interval(steps: int, validations: int) -> int:
+    """Meta-steps from one validation to the next: at most `validations` in all, the last one at the very end."""
+    return next(n for n in range(math.ceil(steps / validations), steps + 1) if steps % n == 0)
+
+
+def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]:
     """Validate each candidate for ω's learning rate; test the best, if the mode is not fit.
 
     Returns:
         ω with the chosen learning rate, the validations by learning rate, and the test.
     """
+    config = job.config
 
     def on(split: Split, candidate: Update) -> Evaluation:
-        episodes = evaluation_episodes(config, source, split, candidate)
+        episodes = evaluation_episodes(config, job.source, split, candidate)
         loader = episode_loader(episodes, config.workers)
         title = f"{split}, update.lr={candidate.lr:g}"
-        return evaluate(theta, loader, Adapter(theta, candidate), total=len(episodes), title=title)
+        return evaluate(job.net, loader, Adapter(job.net, candidate), title=title, examples=config.evaluate.panels)
 
-    candidates = [replace(update, lr=lr) for lr in config.evaluate.lrs or [update.lr]]
+    candidates = [replace(job.update, lr=lr) for lr in config.evaluate.lrs or [job.update.lr]]
     validations = {candidate.lr: on("val", candidate) for candidate in candidates}
     chosen = max(candidates, key=lambda candidate: validations[candidate.lr].iou)
     return chosen, validations, on("test", chosen) if config.mode != "fit" else None

@@ -54,9 +54,7 @@ class Step:
     def __post_init__(self) -> None:
         """Refuse a share that never passes."""
         if not 0 < self.every <= 1:
-            raise ConfigError(
-                f"update.schedule.every={self.every}: give a share of the adaptation, above 0 and up to 1"
-            )
+            raise ConfigError(f"update.schedule.every={self.every}: give a share of the steps, above 0 and up to 1")
 
     def __call__(self, progress: float) -> float:
         """The factor factor^⌊progress / every⌋."""

@@ -22,7 +22,7 @@ from trees import write_splits, write_tree
 from metaseg.config import config_dir
 from metaseg.errors import DataError, WeightsError
 from metaseg.initialisation import load_initialisation
-from metaseg.run import run
+from metaseg.run import run, validation_interval
 
 CLASSES = [f"class_{i}" for i in range(8)]
 
@@ -245,6 +245,7 @@ def test_an_empty_split_and_scarce_classes_fail_before_training(data: tuple[str,
         job(tmp_path, *data, "evaluate.shots=8", "logger=csv")
     with pytest.raises(DataError, match="algo.method.shots"):
         job(tmp_path, *data, "algo.method.shots=11", "logger=csv")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_from_another_folder(data: tuple[str, ...], tmp_path: Path) -> None:
@@ -266,3 +267,10 @@ def test_multirun_gives_each_job_its_own_folder_and_wandb_run(data: tuple[str, .
         folder = tmp_path / "sweep" / number
         assert results(folder)["seed"] == int(number)
         assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "validations", "interval"), [(80, 2, 40), (7, 2, 7), (9, 2, 9), (9, 4, 3), (2, 5, 1)]
+)
+def test_the_last_validation_is_at_the_end(steps: int, validations: int, interval: int) -> None:
+    assert validation_interval(steps, validations) == interval
