@@ -3,7 +3,7 @@
     python experiments/main_table.py --rows imagenet reptile fomaml_star --tasks 40 --seeds 0 --out runs/demo
 
 Each row and seed is one `python -m metaseg.run` in a folder of its own under --runs; one that has finished with the
-same overrides is not repeated. Words behind `--` go to every run: `-- dataset.image_size=96 evaluate.queries=5`.
+same configuration is not repeated. Words behind `--` go to every run: `-- dataset.image_size=96 evaluate.queries=5`.
 """
 
 import argparse
@@ -13,12 +13,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from metaseg.config import config_dir, make_update
+from metaseg.config import config_dir, config_sha256, make_update
 from metaseg.metrics import bootstrap_ci95
 from metaseg.panels import PREDICTION, TRUTH, overlay
 from metaseg.run import create, evaluation_episodes
@@ -40,6 +39,7 @@ ROWS = {
     "fomaml_star": ["algo=fomaml_star"],
 }
 BASELINE = "imagenet"
+LRS = "[0.02,0.05,0.1]"  # each row adapts with the one that is best for it on validation tasks
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Run:
     overrides: list[str]
 
     def done(self) -> bool:
-        """Whether it has finished with these overrides."""
-        used = self.folder / ".hydra" / "overrides.yaml"
-        return (self.folder / "results.json").is_file() and yaml.safe_load(used.read_text()) == self.overrides
+        """Whether it has finished with this very configuration."""
+        results = self.folder / "results.json"
+        wanted = config_sha256(composed(self.overrides))
+        return results.is_file() and json.loads(results.read_text()).get("config_sha256") == wanted
 
     def results(self) -> dict:
         """Of results.json."""
@@ -73,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    common = [f"evaluate.test_tasks={args.tasks}", *args.overrides]
+    common = [f"evaluate.test_tasks={args.tasks}", f"evaluate.lrs={LRS}", *args.overrides]
     runs = [
         Run(row, seed, args.runs / f"{row}-s{seed}", [*ROWS[row], f"seed={seed}", *common])
-        for seed in args.seeds
         for row in args.rows
+        for seed in args.seeds
     ]
     create(composed(common).dataset)  # built once, before the runs need it side by side
     execute([run for run in runs if not run.done()], args.jobs)
@@ -116,30 +117,35 @@ def composed(overrides: Sequence[str]):
 
 
 def execute(runs: Sequence[Run], jobs: int) -> None:
-    """Run `jobs` at a time, their output in console.log of their folders; stops at the first failure."""
+    """Run `jobs` at a time, their output in console.log of their folders; after a failure none is begun."""
+    jobs = max(1, min(jobs, len(runs)))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    # the trained rows take longest; begun first, they leave no core idle at the end
+    longest_first = sorted(runs, key=lambda run: "algo=finetune" in run.overrides)
 
-    def one(run: Run, progress: Progress, total) -> None:
+    def one(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         bar = progress.add_task(f"{run.row}, seed {run.seed}", total=None)
         log = run.folder / "console.log"
         command = [sys.executable, "-m", "metaseg.run", *run.overrides, f"hydra.run.dir={run.folder.resolve()}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
         with log.open("w") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
-            raise SystemExit(
-                f"{run.row}, seed {run.seed} failed ({code}); the end of {log}:\n{log.read_text()[-2000:]}"
-            )
+            raise SystemExit(f"{run.row}, seed {run.seed} failed ({code}), {log} ends:\n{log.read_text()[-2000:]}")
         progress.update(bar, total=1, completed=1)
         progress.advance(total)
 
-    with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
+    with Progress(*columns) as progress:
         total = progress.add_task(f"{len(runs)} runs, {jobs} at a time", total=len(runs))
-        futures = [pool.submit(one, run, progress, total) for run in runs]
-        for future in futures:
-            future.result()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, run) for run in longest_first]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def summarise(row: str, runs: Sequence[Run], everything: Sequence[Run]) -> dict:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,16 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
     update = instantiate(config, _convert_="all")
     assert isinstance(update, Update)
     return update
+
+
+def config_sha256(config: DictConfig) -> str:
+    """SHA-256 (hex) of what decides a run's numbers: two runs of one hash and one commit agree."""
+    keys = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
+    container: Any = OmegaConf.to_container(config, resolve=True)
+    plain = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
+    for key in ("cache_dir", "workers"):
+        plain["dataset"].pop(key, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def trains(config: DictConfig) -> bool:

@@ -23,7 +23,7 @@ from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.algos import Algorithm
-from metaseg.config import check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.config import check, check_overrides, config_dir, config_sha256, inner_config, make_update, trains
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
 from metaseg.data.source import Split, TaskSource, splits_sha256
@@ -70,6 +70,7 @@ def run(config: DictConfig, folder: Path) -> float:
     """
     started = time.perf_counter()
     job = build(config)
+    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
@@ -78,6 +79,7 @@ def run(config: DictConfig, folder: Path) -> float:
         update, validations, test = score(job)
         about = replace(about, update={**about.update, "lr": update.lr})
         head = {
+            "config_sha256": config_sha256(config),
             "algo": about.algo,
             "dataset": job.source.name,
             "splits_sha256": splits_sha256(job.source),
@@ -126,17 +128,15 @@ def build(config: DictConfig) -> Job:
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
     """Bring θ into `job.net`: meta-train it, or load it, or leave it as it is; returns what is known of it then."""
     if job.algo and job.inner:
-        path, meta_steps = fit(job, job.algo, job.inner, loggers, folder)
-        load_initialisation(job.net, path, job.about.model)
-        return replace(job.about, meta_steps=meta_steps)
+        return load_initialisation(job.net, fit(job, job.algo, job.inner, loggers, folder), job.about.model)
     if job.config.ckpt_path is not None:
         about = load_initialisation(job.net, Path(job.config.ckpt_path), job.about.model)
         return replace(about, update=job.about.update)
     return job.about
 
 
-def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path) -> tuple[Path, int]:
-    """Meta-train; returns the checkpoint with the best validation IoU and the number of meta-steps taken."""
+def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path) -> Path:
+    """Meta-train; returns the checkpoint with the best validation IoU."""
     config, steps = job.config, job.config.trainer.max_steps
     module = MetaModule(
         job.net,
@@ -173,7 +173,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
-    return Path(checkpoint.best_model_path), trainer.global_step
+    return Path(checkpoint.best_model_path)
 
 
 def validation_interval(steps: int, validations: int) -> int:

@@ -51,14 +51,15 @@ def test_every_model_is_a_module(preset: str) -> None:
 def test_every_trainer_is_one(preset: str) -> None:
     trainer = instantiate(composed(f"trainer={preset}").trainer, logger=False, enable_progress_bar=False)
     assert isinstance(trainer, Trainer)
-    assert trainer.max_steps == 80
+    assert trainer.max_steps == 60
 
 
 def test_training_adapts_with_omega_but_for_what_the_algorithm_says() -> None:
     config = composed("algo=reptile", "update=sgd_cosine", "update.dropout=0.1", "algo.inner.steps=3")
     inner, update = make_update(inner_config(config)), make_update(config["update"])
     assert (inner.steps, inner.lr, inner.dropout) == (3, 0.05, 0.1)
-    assert isinstance(inner.schedule, Cosine)
+    assert isinstance(inner.schedule, Constant)
+    assert isinstance(update.schedule, Cosine)
     assert update.steps == config["update"].steps
 
 
