@@ -222,7 +222,7 @@ def draw_predictions(runs: Sequence[Run], overrides: Sequence[str], path: Path, 
     """The first query image of the first tasks: support, query, each row's prediction, the truth."""
     config = composed(overrides)
     episodes = evaluation_episodes(config, create(config.dataset), "test", make_update(config["update"]))
-    predictions = {run.row: np.load(run.folder / "panels" / "predictions.npz") for run in runs}
+    predictions = {run.row: np.load(run.folder / "panels" / "predictions.npy") for run in runs}
     columns = min(columns, *(len(masks) for masks in predictions.values()))
     if columns == 0:
         return
@@ -235,7 +235,7 @@ def draw_predictions(runs: Sequence[Run], overrides: Sequence[str], path: Path, 
         query, truth = episode.query.numpy()
         pictures = [overlay(support[i], support_masks[i], TRUTH) for i in (0, 1 % len(support))]
         pictures += [query[0]]
-        pictures += [overlay(query[0], masks[episode.task][0], PREDICTION) for masks in predictions.values()]
+        pictures += [overlay(query[0], masks[j][0], PREDICTION) for masks in predictions.values()]
         pictures += [overlay(query[0], truth[0], TRUTH)]
         axes[0, j].set_title(episode.task.replace("_", " ")[:18], fontsize=8)
         for ax, picture in zip(axes[:, j], pictures, strict=True):

@@ -12,12 +12,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from metaseg.errors import ConfigError
 from metaseg.update import Update
+
+_NUMBERS = ("lr", "steps", "batch_size", "weight_decay", "dropout", "augment")  # of an update procedure
 
 
 def config_dir() -> Path:
@@ -35,17 +37,18 @@ def check_overrides(arguments: Sequence[str]) -> None:
     try:
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
         groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-        chosen = [f"{o.key_or_group}={_first_value(o)}" for o in overrides if o.key_or_group in groups]
+        chosen = [f"{o.key_or_group}={_first_value(o)}" for o in overrides if o.key_or_group in groups and o.value()]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             config = compose("config", overrides=chosen)
     except HydraException:
         return  # Hydra's own parsing says it well: bad syntax, or a preset that does not exist and those that do
-    known = groups | set(_keys(config))
+    keys = set(_keys(OmegaConf.to_container(config)))
+    known = groups | keys
     for override in overrides:
         key = override.key_or_group
-        if override.is_add() or key in known or key.startswith("hydra"):
+        if override.is_add() or override.is_force_add() or key in known or key.startswith("hydra"):
             continue
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known - set(_keys(config)))
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(groups)
         raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}? To add a new key: +{key}=…")
 
 
@@ -66,7 +69,13 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
         if key != "_target_" and key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ConfigError(f"{name} has no field '{key}'; did you mean {near[0]}?")
-    update = instantiate(config, _convert_="all")
+    wrong = [key for key in _NUMBERS if isinstance(config.get(key), bool | str)]
+    if wrong:
+        raise ConfigError(f"{name}.{wrong[0]}={config[wrong[0]]}: give a number")
+    try:
+        update = instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(str(error.__cause__ or error).replace("update.", f"{name}.", 1)) from error
     assert isinstance(update, Update)
     return update
 
@@ -92,17 +101,15 @@ def check(config: DictConfig) -> None:
     Raises:
         ConfigError: on the first one, with its cure.
     """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=…")
     for broken, cure in _rules(config):
         if broken:
             raise ConfigError(cure)
-    try:
-        make_update(config["update"])
-        if trains(config):
-            make_update(inner_config(config), "algo.inner")
-    except ConfigError:
-        raise
-    except Exception as error:  # Hydra wraps what a constructor raises
-        raise ConfigError(str(error.__cause__ or error)) from error
+    make_update(config["update"])
+    if trains(config):
+        make_update(inner_config(config), "algo.inner")
 
 
 def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
@@ -136,12 +143,18 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         number = evaluation[name]
         yield number is not None and number < 1, f"evaluate.{name}={number}: give 1 or more, or null for all tasks"
     lrs = evaluation.lrs
-    yield lrs is not None and len(lrs) == 0, "evaluate.lrs=[]: give candidates, or null to test update.lr"
-    yield lrs is not None and any(lr <= 0 for lr in lrs), f"evaluate.lrs={lrs}: give numbers above 0"
+    usable = OmegaConf.is_list(lrs) and lrs and all(isinstance(lr, int | float) and lr > 0 for lr in lrs)
+    yield (
+        not (lrs is None or usable),
+        f"evaluate.lrs={lrs}: give a list of numbers above 0, as [0.02,0.05], or null to test update.lr",
+    )
+    every = config.checkpoint_every
+    yield every < 1, f"checkpoint_every={every}: give 1 or more meta-steps"
     yield config.workers < 0, f"workers={config.workers}: give 0 or more"
     if learns:
         steps = config.trainer.max_steps
         yield steps < 1, f"trainer.max_steps={steps}: give 1 or more meta-steps, or algo=finetune for none"
+        yield config.algo.outer.lr <= 0, f"algo.outer.lr={config.algo.outer.lr}: give a number above 0"
         yield config.algo.meta_batch < 1, f"algo.meta_batch={config.algo.meta_batch}: give 1 or more"
     accelerator = config.trainer.accelerator
     yield (
@@ -161,11 +174,9 @@ def _first_value(override: Override) -> Any:
     return override.get_value_element_as_str()
 
 
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all nodes."""
-    for key in map(str, config):
-        yield f"{prefix}{key}"
-        if not OmegaConf.is_missing(config, key):
-            node = config._get_node(key)
-            if isinstance(node, DictConfig) and not node._is_none():
-                yield from _keys(node, f"{prefix}{key}.")
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all nodes of plain containers."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")

@@ -41,7 +41,7 @@ class Score:
 
     @property
     def iou_before(self) -> float:
-        """The same of the initialisation as it is."""
+        """The same without any inner step; under the policy `support`, batch norm has seen the support set."""
         return float(iou(self.counts_before[:, 0], self.counts_before[:, 1]).mean())
 
 

@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from metaseg.errors import WeightsError
+from metaseg.errors import ConfigError, WeightsError
 from metaseg.models.efficientlab import load_network
+
+_NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         WeightsError: if the file is unreadable or holds another network.
     """
     state, about = (_read_safetensors if path.suffix == ".safetensors" else _read_checkpoint)(path)
-    theirs, ours = ({**m, "weights": None} for m in (about.model, model))
+    theirs, ours = ({**m, **dict.fromkeys(_NO_SHAPE)} for m in (about.model, model))
     if theirs != ours:
         differ = [
             f"model.{key}={theirs.get(key)}" for key in sorted(theirs.keys() | ours) if theirs.get(key) != ours.get(key)
@@ -60,6 +62,22 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         raise WeightsError(f"{path} holds another network than model=… gives; it was trained with {' '.join(differ)}")
     load_network(net, state, path)
     return about
+
+
+def check_resumable(path: Path, about: About) -> None:
+    """Refuse to resume a checkpoint of another run: one cannot go on with other data, seeds or algorithms.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    _, theirs = _read_checkpoint(path)
+    names = ("algo", "dataset", "splits_sha256", "seed", "model")
+    differ = [f"{name}={getattr(theirs, name)}" for name in names if getattr(theirs, name) != getattr(about, name)]
+    if differ:
+        raise ConfigError(
+            f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "
+            "model.weights=PATH of its init.safetensors to begin a new run from its weights"
+        )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], About]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
+import torch
 import wandb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -13,8 +12,6 @@ from numpy.typing import NDArray
 from metaseg.data.source import UInt8
 from metaseg.evaluate import Evaluation, Example
 from metaseg.metrics import iou
-
-matplotlib.use("Agg")
 
 PREDICTION, TRUTH = (230, 60, 40), (30, 160, 90)
 _LABELS = {0: "background", 1: "object"}
@@ -63,16 +60,16 @@ def panel(example: Example) -> Figure:
 
 
 def write_panels(examples: Sequence[Example], folder: Path) -> None:
-    """Write one PNG an episode, named by its task, and all their predicted masks into `predictions.npz`.
+    """Write one PNG an episode, numbered and named by its task, and the predicted masks of all into `predictions.npy`.
 
-    The masks are keyed by task, shape (queries, h, w), uint8, {0, 1}.
+    The array has shape (examples, queries, h, w), uint8, {0, 1}.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for example in examples:
+    for i, example in enumerate(examples):
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in example.episode.task)
-        panel(example).savefig(folder / f"{safe}.png", dpi=110)
-    masks: dict[str, Any] = {example.episode.task: example.prediction.numpy().astype(np.uint8) for example in examples}
-    np.savez_compressed(folder / "predictions.npz", **masks)
+        panel(example).savefig(folder / f"{i:02d}-{safe}.png", dpi=110)
+    if examples:
+        np.save(folder / "predictions.npy", torch.stack([e.prediction for e in examples]).to(torch.uint8).numpy())
 
 
 def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, split: str) -> None:

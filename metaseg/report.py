@@ -50,8 +50,8 @@ def close_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
     """Finish all loggers, so that the next run of this process starts its own; W&B learns how this one ended."""
     for logger in loggers:
         logger.finalize("success" if exit_code == 0 else "failed")
-    if wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=exit_code)
 
 
 def _wandb_mode() -> Literal["online", "offline"] | None:
@@ -96,7 +96,7 @@ def git_commit() -> str | None:
 
 def report(
     head: Mapping[str, Any],
-    validation: Evaluation,
+    validation: Evaluation | None,
     test: Evaluation | None,
     loggers: Sequence[Logger],
     folder: Path,
@@ -105,7 +105,7 @@ def report(
 
     Args:
         head: what ran, for the head of results.json.
-        validation: on the validation tasks.
+        validation: on the validation tasks; None if there are none. One of the two is there.
         test: on the test tasks; None if they were not touched.
         loggers: of the run.
         folder: of the run.
@@ -116,6 +116,7 @@ def report(
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
     split, shown = ("test", test) if test else ("val", validation)
+    assert shown is not None
     shown.write_csv(folder / "per_task.csv")
     write_panels(shown.examples, folder / "panels")
     for logger in loggers:

@@ -17,19 +17,19 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.algos import Algorithm
+from metaseg.checkpoints import checkpoints
 from metaseg.config import check, check_overrides, config_dir, config_sha256, inner_config, make_update, trains
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
 from metaseg.data.source import Split, TaskSource, splits_sha256
 from metaseg.errors import UserError
 from metaseg.evaluate import Evaluation, evaluate
-from metaseg.initialisation import About, load_initialisation, save_initialisation
+from metaseg.initialisation import About, check_resumable, load_initialisation, save_initialisation
 from metaseg.module import MetaModule
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
 from metaseg.seeding import torch_seed
@@ -75,6 +75,7 @@ def run(config: DictConfig, folder: Path) -> float:
     exit_code = 1
     try:
         about = initialise(job, loggers, folder)
+        save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
         job.net.to(device_of(config))
         update, validations, test = score(job)
         about = replace(about, update={**about.update, "lr": update.lr})
@@ -93,11 +94,12 @@ def run(config: DictConfig, folder: Path) -> float:
             "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
         }
         save_initialisation(job.net, about, folder / "init.safetensors")
-        report(head, validations[update.lr], test, loggers, folder)
+        report(head, validations.get(update.lr), test, loggers, folder)
         exit_code = 0
     finally:
         close_loggers(loggers, exit_code)
-    return (test or validations[update.lr]).iou
+    headline = test or validations[update.lr]
+    return headline.iou
 
 
 def build(config: DictConfig) -> Job:
@@ -105,14 +107,16 @@ def build(config: DictConfig) -> Job:
     check(config)
     source: TaskSource = create(config.dataset)
     update = make_update(config["update"])
-    for split in ("val", "test"):
+    for split in splits_to_score(config, source):
         evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
     algo = inner = None
     if trains(config):
         algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
         algo.check(source, inner)
     with torch_seed(config.seed):
-        net = create(config.model).to(memory_format=torch.channels_last)
+        # a checkpoint brings its weights along: no need for those that training began with
+        weights = {} if config.ckpt_path is None else {"weights": None}
+        net = create(config.model, **weights).to(memory_format=torch.channels_last)
     about = About(
         model=plain(config.model),
         algo=config.algo.name,
@@ -122,6 +126,8 @@ def build(config: DictConfig) -> Job:
         meta_steps=0,
         update=plain(config["update"]),
     )
+    if algo and config.ckpt_path is not None:
+        check_resumable(Path(config.ckpt_path), about)
     return Job(config, source, net, update, algo, inner, about)
 
 
@@ -154,12 +160,10 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         meta_batch=config.algo.meta_batch,
         workers=config.workers,
     )
-    checkpoint = ModelCheckpoint(
-        folder / "checkpoints", filename="best-{step}", monitor="val/iou", mode="max", save_last=True
-    )
+    best, last = checkpoints(folder / "checkpoints", config.checkpoint_every)
     trainer = create(
         config.trainer,
-        callbacks=[checkpoint, MetaProgressBar()],
+        callbacks=[best, last, MetaProgressBar()],
         logger=loggers,
         default_root_dir=folder,
         check_val_every_n_epoch=None,
@@ -171,9 +175,18 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     with warnings.catch_warnings():
         # ours is: the sampler starts from the trainer's meta-step
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        # θ after the outer step is what we want
+        warnings.filterwarnings("ignore", message=".*no pre-optimization state was saved")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
-    return Path(checkpoint.best_model_path)
+    return Path(best.best_model_path)
+
+
+def splits_to_score(config: DictConfig, source: TaskSource) -> list[Split]:
+    """The splits whose episodes the run needs: test unless mode=fit; val unless it is empty and decides nothing."""
+    needs_val = trains(config) or config.evaluate.lrs or source.names("val")
+    splits: dict[Split, bool] = {"val": bool(needs_val), "test": config.mode != "fit"}
+    return [split for split, needed in splits.items() if needed]
 
 
 def validation_interval(steps: int, validations: int) -> int:
@@ -182,10 +195,10 @@ def validation_interval(steps: int, validations: int) -> int:
 
 
 def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]:
-    """Validate each candidate for ω's learning rate; test the best, if the mode is not fit.
+    """Validate each candidate for ω's learning rate, and test the best.
 
     Returns:
-        ω with the chosen learning rate, the validations by learning rate, and the test.
+        ω with the chosen learning rate, the validations by learning rate, and the test (None for mode=fit).
     """
     config = job.config
 
@@ -195,10 +208,13 @@ def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]
         title = f"{split}, update.lr={candidate.lr:g}"
         return evaluate(job.net, loader, Adapter(job.net, candidate), title=title, examples=config.evaluate.panels)
 
+    splits = splits_to_score(config, job.source)
     candidates = [replace(job.update, lr=lr) for lr in config.evaluate.lrs or [job.update.lr]]
-    validations = {candidate.lr: on("val", candidate) for candidate in candidates}
-    chosen = max(candidates, key=lambda candidate: validations[candidate.lr].iou)
-    return chosen, validations, on("test", chosen) if config.mode != "fit" else None
+    validations = {candidate.lr: on("val", candidate) for candidate in candidates if "val" in splits}
+    chosen = candidates[0]
+    if validations:
+        chosen = max(candidates, key=lambda candidate: validations[candidate.lr].iou)
+    return chosen, validations, on("test", chosen) if "test" in splits else None
 
 
 def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, update: Update) -> EvaluationEpisodes:

@@ -23,6 +23,7 @@ def generator(*key: int | str) -> np.random.Generator:
 @contextmanager
 def torch_seed(seed: int) -> Iterator[None]:
     """Seed torch's generators (CPU and CUDA) inside the block and give them back as they were."""
-    with torch.random.fork_rng():
+    # the current device alone: forking all of a large machine's would cost more than a step
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield

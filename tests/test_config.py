@@ -94,7 +94,7 @@ def test_a_mistyped_override_names_the_nearest_key(mistyped: str, nearest: str) 
         ["algo=fomaml_star", "algo.method.tail=3"],
         ["dataset=folder", "dataset.splits=a.json", "dataset.root=x"],
         ["-m", "algo=reptile,joint", "update.lr=0.1,0.2", "seed=range(3)"],
-        ["+algo.inner.augment=0", "hydra.run.dir=x", "hydra/launcher=basic"],
+        ["++algo.inner.augment=0.0", "+algo.inner.augment=0", "hydra.run.dir=x", "hydra/launcher=basic"],
         ["debug=fast", "experiment=paper_fomaml_star"],
     ],
 )
@@ -115,6 +115,11 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["evaluate.shots=0"], "evaluate.shots=0: give 1 or more"),
         (["evaluate.test_tasks=0"], "null for all tasks"),
         (["evaluate.lrs=[]"], "null to test update.lr"),
+        (["evaluate.lrs=0.05"], "give a list of numbers"),
+        (["update.lr=abc"], "update.lr=abc: give a number"),
+        (["dataset=fss1000"], "dataset.root has no value: give dataset.root=…"),
+        (["algo.outer.lr=0"], "algo.outer.lr=0: give a number above 0"),
+        (["checkpoint_every=0"], "give 1 or more meta-steps"),
         (["evaluate.lrs=[0.1,0]"], "above 0"),
         (["workers=-1"], "give 0 or more"),
         (["trainer.max_steps=0"], "algo=finetune"),
@@ -125,7 +130,7 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["update.batchnorm=none"], "running"),
         (["update.adapts=everything"], "decoder"),
         (["+algo.inner.step=3"], "did you mean steps"),
-        (["algo.inner.lr=-1"], "give a number above 0"),
+        (["algo.inner.lr=-1"], "algo.inner.lr=-1: give a number above 0"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:

@@ -126,6 +126,7 @@ def test_working_copies_are_no_part_of_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_adaptation_on_cuda_agrees_with_the_cpu() -> None:
+    torch.backends.cudnn.allow_tf32 = False
     episode, omega = make_data().training[0], INNER
     net = make_net()
     net.dropout = torch.nn.Identity()  # the devices' random numbers differ

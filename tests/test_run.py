@@ -20,7 +20,7 @@ from test_config import GROUPS, presets
 from trees import write_splits, write_tree
 
 from metaseg.config import config_dir
-from metaseg.errors import DataError, WeightsError
+from metaseg.errors import ConfigError, DataError, WeightsError
 from metaseg.initialisation import load_initialisation
 from metaseg.run import run, validation_interval
 
@@ -96,8 +96,7 @@ def test_panels_and_checkpoints_are_left(finished: tuple[Path, float]) -> None:
     with Image.open(picture) as image:
         assert image.width > 300
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert "last.ckpt" in names
-    assert any(name.startswith("best") for name in names)
+    assert names == {"best.ckpt", "last.ckpt"}
     assert (folder / "csv" / "metrics.csv").stat().st_size > 0
 
 
@@ -108,14 +107,14 @@ def test_the_initialisation_is_theta_with_its_network(finished: tuple[Path, floa
     net = instantiate({**model, "weights": None})
     about = load_initialisation(net, path, model)
     assert (about.algo, about.meta_steps, about.dataset) == ("fomaml_star", 2, "folder")
-    best = next((finished[0] / "checkpoints").glob("best*.ckpt"))
+    best = finished[0] / "checkpoints" / "best.ckpt"
     state = torch.load(best, weights_only=True)["state_dict"]
     for key, value in net.state_dict().items():
         assert torch.equal(value, state[f"net.{key}"])
     assert torch.equal(instantiate({**model, "weights": str(path)}).head.weight, net.head.weight)
 
 
-@pytest.mark.parametrize("name", ["init.safetensors", "checkpoints/best-step=2.ckpt"])
+@pytest.mark.parametrize("name", ["init.safetensors", "checkpoints/best.ckpt"])
 def test_testing_a_finished_run_gives_its_numbers(
     finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path, name: str
 ) -> None:
@@ -124,7 +123,7 @@ def test_testing_a_finished_run_gives_its_numbers(
         tmp_path,
         *data,
         "mode=test",
-        f"ckpt_path='{folder / name}'",
+        f"ckpt_path={folder / name}",
         "evaluate.lrs=[0.01,0.1]",
         "evaluate.draws=2",
         "algo=fomaml_star",
@@ -156,7 +155,15 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, data: tuple[str,
 
 
 def test_a_stopped_run_resumes_to_the_same_end(data: tuple[str, ...], tmp_path: Path) -> None:
-    common = (*data, "mode=fit", "algo=reptile", "logger=csv", "algo.outer.lr=0.5", "algo.final_lr=0.5")
+    common = (
+        *data,
+        "mode=fit",
+        "algo=reptile",
+        "logger=csv",
+        "algo.outer.lr=0.5",
+        "algo.final_lr=0.5",
+        "evaluate.validations=3",
+    )
     whole = job(tmp_path / "whole", *common, "trainer.max_steps=3")
     job(tmp_path / "part", *common, "trainer.max_steps=2")
     checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
@@ -248,16 +255,81 @@ def test_an_empty_split_and_scarce_classes_fail_before_training(data: tuple[str,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_from_another_folder(data: tuple[str, ...], tmp_path: Path) -> None:
-    common = [*data, "debug=fast", "model.weights=null", "model=efficientlab_lite0", "trainer.max_steps=3"]
-    command = [sys.executable, "-m", "metaseg.run"]
-    out = tmp_path / "out"
-    subprocess.run([*command, "algo=fomaml_star", *common, f"hydra.run.dir={out}"], cwd=tmp_path, check=True)
-    assert results(out)["meta_steps"] == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    again = [*common, "mode=test", f"ckpt_path={out}/checkpoints/last.ckpt", "hydra.run.dir=again"]
-    subprocess.run([*command, "algo=fomaml_star", *again], cwd=tmp_path, check=True)
-    assert results(tmp_path / "again")["meta_steps"] == 3
+def test_scarce_test_classes_fail_before_training(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", ["a", "b"])
+    write_tree(root, ["c"], images=8)
+    splits = write_splits(tmp_path / "splits.json", ["a"], ["b"], ["c"])
+    overrides = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.min_images=8"]
+    with pytest.raises(DataError, match=r"c \(8\)"):
+        job(tmp_path / "run", *overrides, "logger=csv")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_tree_with_test_classes_alone_can_be_tested(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", ["a", "file"])
+    splits = write_splits(tmp_path / "splits.json", [], [], ["a", "file"])
+    overrides = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "logger=csv"]
+    job(tmp_path, *overrides, "mode=test", "algo=finetune")
+    assert results(tmp_path)["val"] is None
+    assert results(tmp_path)["test"]["tasks"] == 2
+    with pytest.raises(DataError, match="the val split has no task"):
+        job(tmp_path, *overrides, "algo=reptile")
+
+
+def test_a_resumed_run_remembers_a_better_checkpoint(
+    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation IoU is made to fall, so that the best comes before the stop."""
+    ious = iter([0.5, 0.4, 0.3])
+    monkeypatch.setattr("metaseg.evaluate.Score.iou", property(lambda score: next(ious, 0.1)))
+    common = (*data, "mode=fit", "algo=reptile", "logger=csv", "evaluate.val_tasks=1", "evaluate.validations=4")
+    job(tmp_path / "part", *common, "trainer.max_steps=2")
+    checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    job(tmp_path / "rest", *common, "trainer.max_steps=4", f"ckpt_path={checkpoint}")
+    assert results(tmp_path / "rest")["meta_steps"] == 1
+
+
+@pytest.mark.parametrize(("change", "named"), [("seed=9", "seed=0"), ("algo=fomaml", "algo=fomaml_star")])
+def test_only_the_same_run_is_resumed(
+    finished: tuple[Path, float], data: tuple[str, ...], change: str, named: str, tmp_path: Path
+) -> None:
+    overrides = [*data, "algo=fomaml_star", change, f"ckpt_path={finished[0]}/checkpoints/last.ckpt"]
+    with pytest.raises(ConfigError, match=named):
+        job(tmp_path, *overrides)
+
+
+def test_other_peoples_wandb_runs_go_on(data: tuple[str, ...], tmp_path: Path) -> None:
+    with wandb.init(dir=tmp_path, mode="offline") as mine:
+        job(tmp_path, *data, "algo=finetune", "logger=csv")
+        assert wandb.run is mine
+
+
+def test_the_command_line_trains_here_and_tests_there(tmp_path: Path) -> None:
+    """The words of a researcher with two trees of FSS-1000's format, typed in a folder of his own."""
+    roots = [write_tree(tmp_path / "R", CLASSES), write_tree(tmp_path / "R2", ["x", "y"], size=70)]
+    splits = [
+        write_splits(tmp_path / "S.json", CLASSES[:4], CLASSES[4:6], CLASSES[6:]),
+        write_splits(tmp_path / "S2.json", [], [], ["x", "y"]),
+    ]
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    words = ["algo=fomaml_star", "dataset=folder", "model=efficientlab_lite0", "dataset.image_size=96"]
+    quick = ["model.weights=null", "algo.meta_batch=1", "algo.inner.steps=2", "update.steps=2", "evaluate.val_tasks=2"]
+    command = [sys.executable, "-m", "metaseg.run", *words, *quick]
+    train = [f"dataset.root={roots[0]}", f"dataset.splits={splits[0]}", "trainer.max_steps=20"]
+    subprocess.run([*command, *train, "hydra.run.dir=a"], cwd=folder, check=True)
+    found = results(folder / "a")
+    assert found["test"]["tasks"] == 2
+    assert found["meta_steps"] in (10, 20)  # of its two validations, the better
+    assert {path.name for path in folder.iterdir()} == {"a"}
+    there = [
+        "mode=test",
+        "ckpt_path=a/checkpoints/last.ckpt",
+        f"dataset.root={roots[1]}",
+        f"dataset.splits={splits[1]}",
+    ]
+    subprocess.run([*command, *there, "hydra.run.dir=b"], cwd=folder, check=True)
+    assert (results(folder / "b")["meta_steps"], results(folder / "b")["test"]["tasks"]) == (20, 2)
 
 
 def test_multirun_gives_each_job_its_own_folder_and_wandb_run(data: tuple[str, ...], tmp_path: Path) -> None:

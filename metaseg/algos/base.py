@@ -59,6 +59,8 @@ class Algorithm(ABC):
         Raises:
             ConfigError: saying what to change.
         """
+        if not source.names("train"):
+            raise ConfigError("the train split has no task to meta-train on; put classes into it, or use mode=test")
         check_counts(source, source.names("train"), self.shots)
 
 

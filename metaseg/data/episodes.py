@@ -34,7 +34,8 @@ def check_counts(source: TaskSource, tasks: Sequence[str], needed: int) -> None:
         raise DataError(
             f"an episode needs {needed} different images of its class (support + query), but {len(short)} classes have "
             f"fewer: {', '.join(short[:10])}{' …' if len(short) > 10 else ''}. Lower evaluate.shots, evaluate.queries "
-            "or algo.method.shots, or give these classes more images."
+            "or algo.method.shots, give these classes more images (emoji: dataset.images_per_class), or leave them out "
+            "(folders: dataset.min_images)."
         )
 
 

@@ -150,11 +150,12 @@ class FolderSource:
             return list(bar)
 
     def _check_splits_are_filled(self) -> None:
-        # Only "val" may be empty by choice; a split whose classes all fell away is a mistake, whichever it is.
+        # A split may be empty by choice (nothing to train on where one only tests); one whose classes all fell away is
+        # a mistake.
         for split in SPLITS:
-            if not self.names(split) and (self._listed[split] or split != "val"):
+            if not self.names(split) and self._listed[split]:
                 what = f"the {split} split has no sound class in {self.root}; mend these, or the splits:"
-                raise DataError("\n".join([what, *(_fault_lines(self.faults) or [f"no class listed: {SPLITS_CURE}"])]))
+                raise DataError("\n".join([what, *_fault_lines(self.faults)]))
 
     def _warn(self) -> None:
         lines = _fault_lines(fault for fault in self.faults if fault.kind != STRAY)

