@@ -22,7 +22,7 @@ from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.algos import Algorithm
-from metaseg.checkpoints import checkpoints
+from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
 from metaseg.config import check, check_overrides, config_dir, config_sha256, inner_config, make_update, trains
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
@@ -160,7 +160,8 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         meta_batch=config.algo.meta_batch,
         workers=config.workers,
     )
-    best, last = checkpoints(folder / "checkpoints", config.checkpoint_every)
+    best = BestCheckpoint(folder / "checkpoints")
+    last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
     trainer = create(
         config.trainer,
         callbacks=[best, last, MetaProgressBar()],
@@ -175,8 +176,6 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     with warnings.catch_warnings():
         # ours is: the sampler starts from the trainer's meta-step
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
-        # θ after the outer step is what we want
-        warnings.filterwarnings("ignore", message=".*no pre-optimization state was saved")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
     return Path(best.best_model_path)

@@ -15,6 +15,7 @@ import wandb_files
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
+from pytorch_lightning import Callback, Trainer
 from safetensors import safe_open
 from test_config import GROUPS, presets
 from trees import write_splits, write_tree
@@ -154,25 +155,40 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, data: tuple[str,
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_stopped_run_resumes_to_the_same_end(data: tuple[str, ...], tmp_path: Path) -> None:
-    common = (
-        *data,
-        "mode=fit",
-        "algo=reptile",
-        "logger=csv",
-        "algo.outer.lr=0.5",
-        "algo.final_lr=0.5",
-        "evaluate.validations=3",
-    )
-    whole = job(tmp_path / "whole", *common, "trainer.max_steps=3")
-    job(tmp_path / "part", *common, "trainer.max_steps=2")
-    checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
-    assert job(tmp_path / "rest", *common, "trainer.max_steps=3", f"ckpt_path={checkpoint}") == whole
+class Stop(Callback):
+    """Kills the run behind a meta-step, as a signal would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.after:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_killed_run_resumes_to_the_same_end(
+    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Validations behind steps 2 and 4; killed before, at and after the first."""
+    same = ("mode=fit", "algo=reptile", "algo.outer.lr=0.5", "algo.final_lr=0.1", "trainer.max_steps=4")
+    common = (*data, *same, "logger=csv", "evaluate.validations=2", "checkpoint_every=1")
+    whole = job(tmp_path / "whole", *common)
+    with monkeypatch.context() as patch:
+        patch.setattr("metaseg.run.MetaProgressBar", lambda: Stop(after))
+        with pytest.raises(RuntimeError, match="killed"):
+            job(tmp_path / "killed", *common)
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == after
+    assert job(tmp_path / "rest", *common, f"ckpt_path={checkpoint}") == whole
+    assert results(tmp_path / "rest")["meta_steps"] == results(tmp_path / "whole")["meta_steps"]
     first, second = (
-        torch.load(tmp_path / part / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for part in ("whole", "rest")
+        torch.load(tmp_path / part / "checkpoints" / "last.ckpt", weights_only=True) for part in ("whole", "rest")
     )
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["global_step"] == second["global_step"] == 4
+    for key, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][key]), key
+    assert str(first["optimizer_states"]) == str(second["optimizer_states"])
 
 
 def test_wandb_keeps_the_whole_run_offline(data: tuple[str, ...], tmp_path: Path) -> None:
