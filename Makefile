@@ -12,7 +12,7 @@ demo: $(VENV)/.demo ## install, meta-train on the embedded data, compare with Im
 	$(BIN)/python experiments/main_table.py --rows imagenet reptile fomaml_star --tasks 40 --seeds 0 --out runs/demo
 
 test: $(VENV)/.dev ## install, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
