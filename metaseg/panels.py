@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import wandb
@@ -18,10 +19,13 @@ _LABELS = {0: "background", 1: "object"}
 
 
 def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int]) -> UInt8:
-    """Tint an image (h, w, 3) where the mask (h, w) is 1, half and half."""
-    tinted = image.astype(np.float32)
-    tinted[mask > 0] = 0.45 * tinted[mask > 0] + 0.55 * np.array(colour, dtype=np.float32)
-    return tinted.astype(np.uint8)
+    """An image (h, w, 3) that is itself where the mask (h, w) is 1, outlined in `colour`, and pale elsewhere."""
+    inside = (mask > 0).astype(np.uint8)
+    grey = image.mean(axis=2, keepdims=True, dtype=np.float32)
+    pale = np.broadcast_to((0.3 * grey + 0.7 * 255).astype(np.uint8), image.shape)
+    shown = np.where(inside[..., None] == 1, image, pale)
+    shown[(inside - cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=1)) == 1] = colour
+    return shown
 
 
 def panel(example: Example) -> Figure:

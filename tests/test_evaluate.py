@@ -2,6 +2,7 @@
 
 import resource
 
+import numpy as np
 import torch
 from test_adapt import Net
 from test_module import INNER, Source
@@ -9,6 +10,7 @@ from test_module import INNER, Source
 from metaseg.adapt import Adapter
 from metaseg.data.episodes import EvaluationEpisodes, episode_loader
 from metaseg.evaluate import evaluate
+from metaseg.panels import overlay
 
 
 def test_many_episodes_from_a_worker_hold_no_files_open() -> None:
@@ -24,3 +26,14 @@ def test_many_episodes_from_a_worker_hold_no_files_open() -> None:
     assert len(done.scores) == 60
     assert len(done.examples) == 3
     assert torch.equal(done.examples[1].episode.query.images, episodes[1].query.images)
+
+
+def test_an_overlay_shows_the_object_and_pales_the_rest() -> None:
+    image = np.full((7, 7, 3), 100, np.uint8)
+    mask = np.zeros((7, 7), np.uint8)
+    mask[1:6, 1:6] = 1
+    shown = overlay(image, mask, (255, 0, 0))
+    assert (shown[2:5, 2:5] == 100).all()
+    assert (shown[1, 1:6] == (255, 0, 0)).all()
+    assert (shown[0] == int(0.3 * 100 + 0.7 * 255)).all()
+    assert (image == 100).all()
