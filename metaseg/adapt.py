@@ -1,34 +1,48 @@
-"""The one inner loop: φ = U(θ, D_S; ω). Training, validation, test and prediction all adapt through it."""
+"""The one inner loop: φ = U(θ, D_S; ω). Training, validation, test and prediction all adapt through it.
+
+How a step is computed is an engine's affair (`metaseg.engine`); which steps are taken is written here alone.
+"""
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from metaseg.episode import Batch, Episode
-from metaseg.losses import segmentation_loss
-from metaseg.seeding import derive_seed, torch_seed
+from metaseg.seeding import derive_seed
 from metaseg.update import Update
 
+T = TypeVar("T")
 
-class Adapter:
+
+class Adapter(ABC):
     """Adapts a working copy φ of a network θ by an update procedure ω; θ is never changed.
 
     Args:
-        net: a network of θ's architecture; copied.
+        net: a network of θ's architecture, on θ's device; copied.
         update: ω.
+
+    Attributes:
+        phi: φ, ours until the next `start`.
+        last_loss: of the last mini-batch, before its step and without L2; a scalar.
     """
 
     def __init__(self, net: nn.Module, update: Update) -> None:
         self.update = update
         self.phi = copy.deepcopy(net)
+        for module in self.phi.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = update.dropout
         self.last_loss = torch.tensor(float("nan"))
 
     def __call__(self, theta: nn.Module, episode: Episode) -> nn.Module:
-        """Adapt to an episode, step by step over `episode.batches`; returns φ, ours until the next call."""
+        """Adapt to an episode, step by step over `episode.batches`; returns φ."""
         self.start(theta, episode.seed)
         for batch in episode.batches:
             self.step(batch)
@@ -36,43 +50,79 @@ class Adapter:
 
     def start(self, theta: nn.Module, seed: int) -> None:
         """φ ← θ, with a fresh optimizer; `seed` is for dropout."""
-        self.phi.to(next(theta.parameters()).device)
-        with torch.no_grad():
-            for ours, theirs in zip(_tensors(self.phi), _tensors(theta), strict=True):
-                ours.copy_(theirs)
-        self.phi.requires_grad_(False)
-        for parameter in self.update.select(self.phi):
-            parameter.requires_grad_(True)
-        for module in self.phi.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.update.dropout
-        self.optimizer = self.update.make_optimizer(self.phi)
+        self._reset(theta)
         self.taken, self.seed = 0, seed
 
-    def step(self, batch: Batch) -> None:
-        """One inner step on a mini-batch; `last_loss` is then the loss before it, without L2."""
-        factor = self.update.schedule(self.taken / self.update.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.update.lr * factor
+    def step(self, batch: Batch, *, everything: bool = False) -> None:
+        """One inner step on a mini-batch; `everything` moves all parameters, also those that ω holds still."""
+        lr = self.update.lr * self.update.schedule(self.taken / self.update.steps)
         self.phi.train()
-        with torch.enable_grad(), torch_seed(derive_seed(self.seed, "step", self.taken)):
-            loss = segmentation_loss(self.phi(batch.images), batch.masks)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self.last_loss = self._step(batch, lr, derive_seed(self.seed, "step", self.taken), everything)
         self.taken += 1
-        self.last_loss = loss.detach()
+
+    @abstractmethod
+    def vector(self) -> Tensor:
+        """φ's parameters in the order of `engine.flat.flat`, shape (n,); valid until the next step."""
+
+    @abstractmethod
+    def statistics(self) -> Tensor:
+        """φ's running batch-norm statistics in the order of `engine.flat.flat_statistics`; valid likewise."""
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, support: Batch) -> Tensor:
+        """Logits (n, 2, h, w), float, of images (n, 3, h, w), with ω's batch-norm policy.
+
+        The network's running statistics are as they were afterwards.
+        """
+        with self.computing(), _statistics(self.phi, self.update, support):
+            logits: Tensor = self.phi(images)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def queue(self) -> AbstractContextManager[None]:
+        """Inside it, work is queued in order, but beside that of other adapters if the device can do so."""
+        return nullcontext()
+
+    def join(self) -> None:  # noqa: B027  # nothing to wait for, where nothing is queued
+        """Have what is queued from now on wait for what was queued inside `queue`."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The precision of forward passes."""
+        return nullcontext()
+
+    @abstractmethod
+    def _reset(self, theta: nn.Module) -> None:
+        """φ ← θ, parameters and running statistics; the optimizer as new."""
+
+    @abstractmethod
+    def _step(self, batch: Batch, lr: float, seed: int, everything: bool) -> Tensor:
+        """One optimizer step at learning rate `lr`, random numbers from `seed`; returns the loss before it."""
 
 
-@torch.no_grad()
-def predict(net: nn.Module, images: Tensor, update: Update, support: Batch) -> Tensor:
-    """Logits (n, 2, h, w) of images (n, 3, h, w), with ω's batch-norm policy.
+class Lanes:
+    """A few adapters, whose work runs side by side where the device can do that.
 
-    The network's running statistics are as they were afterwards.
+    Args:
+        adapters: of one ω, at least one.
     """
-    with _statistics(net, update, support):
-        logits: Tensor = net(images)
-    return logits
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = adapters
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def map(self, function: Callable[[Adapter, Episode], T], episodes: Iterable[Episode]) -> list[T]:
+        """`function` of each episode and one of the adapters; its results must not be parts of the adapter."""
+        results = []
+        for adapter, episode in zip(cycle(self.adapters), episodes, strict=False):
+            with adapter.queue():
+                results.append(function(adapter, episode))
+        for adapter in self.adapters:
+            adapter.join()
+        return results
+
+
+Engine = Callable[[nn.Module, Update], Lanes]  # makes the lanes that adapt copies of a network by ω
 
 
 @contextmanager
@@ -83,15 +133,15 @@ def _statistics(net: nn.Module, update: Update, support: Batch) -> Iterator[None
     if update.batchnorm == "running":
         yield
         return
-    saved = [(m.momentum, copy.deepcopy(list(m.buffers()))) for m in norms]
+    saved = [(m.momentum, [buffer.clone() for buffer in m.buffers()]) for m in norms]
     for norm in norms:
         norm.train()
-        if update.batchnorm == "support":
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the forward passes that follow
     try:
         if update.batchnorm == "support":
-            for images in support.images.tensor_split(math.ceil(len(support) / update.batch_size)):
+            parts = support.images.tensor_split(math.ceil(len(support) / update.batch_size))
+            for i, images in enumerate(parts):
+                for norm in norms:
+                    norm.momentum = 1 / (i + 1)  # a plain average over the parts
                 net(images)
             net.eval()
         yield
@@ -101,8 +151,3 @@ def _statistics(net: nn.Module, update: Update, support: Batch) -> Iterator[None
             for buffer, value in zip(norm.buffers(), buffers, strict=True):
                 buffer.copy_(value)
         net.eval()
-
-
-def _tensors(net: nn.Module) -> Iterator[Tensor]:
-    yield from net.parameters()
-    yield from net.buffers()

@@ -16,6 +16,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
 from metaseg.update import Update
 
@@ -107,9 +108,12 @@ def check(config: DictConfig) -> None:
     for broken, cure in _rules(config):
         if broken:
             raise ConfigError(cure)
-    make_update(config["update"])
+    updates = [make_update(config["update"])]
     if trains(config):
-        make_update(inner_config(config), "algo.inner")
+        updates.append(make_update(inner_config(config), "algo.inner"))
+    if config.engine["_target_"] == "metaseg.engine.auto":
+        for update in updates:
+            check_optimizer(update)
 
 
 def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
@@ -156,6 +160,14 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         yield steps < 1, f"trainer.max_steps={steps}: give 1 or more meta-steps, or algo=finetune for none"
         yield config.algo.outer.lr <= 0, f"algo.outer.lr={config.algo.outer.lr}: give a number above 0"
         yield config.algo.meta_batch < 1, f"algo.meta_batch={config.algo.meta_batch}: give 1 or more"
+    processes, engine = evaluation.processes, config.engine
+    yield (
+        processes is not None and processes < 1,
+        f"evaluate.processes={processes}: give 1 or more, or null for one a thread",
+    )
+    yield "lanes" in engine and engine.lanes < 1, f"engine.lanes={engine.get('lanes')}: give 1 or more"
+    precision = engine.get("precision", "fp32")
+    yield precision not in ("bf16", "fp32"), f"engine.precision={precision}: choose bf16 or fp32"
     accelerator = config.trainer.accelerator
     yield (
         accelerator in ("gpu", "cuda") and not torch.cuda.is_available(),

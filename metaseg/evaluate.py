@@ -1,21 +1,23 @@
 """The meta-test error of (θ, ω) on fixed episodes: adapt to each support set, score the query set."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from metaseg.adapt import Adapter, predict
+from metaseg.adapt import Adapter, Engine, Lanes
+from metaseg.data.episodes import EvaluationEpisodes, episode_loader, one_thread
 from metaseg.episode import Episode
 from metaseg.losses import segmentation_loss
 from metaseg.metrics import Floats, bootstrap_ci95, counts, iou
+from metaseg.update import Update
 
 
 @dataclass(frozen=True)
@@ -162,32 +164,96 @@ class Evaluation:
             writer.writerows(rows)
 
 
-def score_episode(theta: nn.Module, episode: Episode, adapt: Adapter) -> Example:
-    """Adapt θ to the support set and score the query set; the same before adaptation."""
-    query, update = episode.query, adapt.update
-    before = predict(theta, query.images, update, episode.support).argmax(dim=1)
-    logits = predict(adapt(theta, episode), query.images, update, episode.support)
-    prediction = logits.argmax(dim=1)
+class Scoring:
+    """Iterates over episodes, adapts θ as it is then to each, and gives what that scored.
+
+    On the CPU whole episodes are shared out among processes of one thread each, which lose less than threads that
+    share a step; on CUDA the engine's lanes run side by side.
+
+    Args:
+        theta: the network; not changed.
+        episodes: with their mini-batches.
+        update: ω.
+        engine: computes the steps.
+        processes: how many on the CPU; None takes as many as torch has threads.
+        workers: loader processes on CUDA.
+    """
+
+    def __init__(
+        self,
+        theta: nn.Module,
+        episodes: EvaluationEpisodes,
+        update: Update,
+        engine: Engine,
+        *,
+        processes: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        self.theta, self.episodes, self.update, self.engine = theta, episodes, update, engine
+        self.processes, self.workers = processes, workers
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[Example]:
+        lanes = self.engine(self.theta, self.update)
+        device = next(self.theta.parameters()).device
+        if device.type == "cpu":
+            yield from self._in_processes(lanes)
+            return
+        for few in episode_loader(self.episodes, self.workers, batch_size=len(lanes), pin_memory=True):
+            score = partial(_adapt_and_predict, self.theta)
+            for episode, parts in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
+                yield _example(episode, *(part.cpu() for part in parts))
+
+    def _in_processes(self, lanes: Lanes) -> Iterator[Example]:
+        processes = min(self.processes or torch.get_num_threads(), len(self))
+        if processes == 1 or torch.cuda.is_available():  # autograd with CUDA's threads cannot be forked
+            processes = 0
+        scored = _Scored(self.theta, self.episodes, lanes)
+        yield from DataLoader(scored, batch_size=None, num_workers=processes, worker_init_fn=one_thread)
+
+
+class _Scored(Dataset[Example]):
+    """Item i is what episode i scored, computed where it is asked for."""
+
+    def __init__(self, theta: nn.Module, episodes: EvaluationEpisodes, lanes: Lanes) -> None:
+        self.theta, self.episodes, self.lanes = theta, episodes, lanes
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, index: int) -> Example:
+        episode = self.episodes[index]
+        (parts,) = self.lanes.map(partial(_adapt_and_predict, self.theta), [episode])
+        return _example(episode, *parts)
+
+
+def _adapt_and_predict(theta: nn.Module, adapt: Adapter, episode: Episode) -> tuple[Tensor, Tensor]:
+    """The query set's object masks before adaptation, and its logits after."""
+    adapt.start(theta, episode.seed)
+    before = adapt.predict(episode.query.images, episode.support).argmax(dim=1)
+    adapt(theta, episode)
+    return before, adapt.predict(episode.query.images, episode.support)
+
+
+def _example(episode: Episode, before: Tensor, logits: Tensor) -> Example:
+    query, prediction = episode.query, logits.argmax(dim=1)
     score = Score(
         task=episode.task,
-        counts=counts(prediction, query.masks).cpu().numpy().astype(np.float64),
-        counts_before=counts(before, query.masks).cpu().numpy().astype(np.float64),
+        counts=counts(prediction, query.masks).numpy().astype(np.float64),
+        counts_before=counts(before, query.masks).numpy().astype(np.float64),
         loss=float(segmentation_loss(logits, query.masks)),
     )
-    return Example(replace(episode, batches=()).to(torch.device("cpu")), prediction.cpu(), score)
+    return Example(replace(episode, batches=()), prediction, score)
 
 
-def evaluate(
-    theta: nn.Module, episodes: DataLoader[list[Episode]], adapt: Adapter, *, title: str, examples: int = 0
-) -> Evaluation:
-    """Score all episodes of a loader, one at a time, with a progress bar; keep the first `examples` to look at."""
-    device = next(theta.parameters()).device
+def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:
+    """Score all episodes, with a progress bar; keep the first `examples` to look at."""
     scores: list[Score] = []
     kept: list[Example] = []
-    for few in track(episodes, description=title):
-        for episode in few:
-            example = score_episode(theta, episode.to(device), adapt)
-            scores.append(example.score)
-            if len(kept) < examples:
-                kept.append(example)
+    for example in track(scoring, description=title):
+        scores.append(example.score)
+        if len(kept) < examples:
+            kept.append(example)
     return Evaluation(scores, kept)

@@ -41,7 +41,10 @@ class About:
 
 def save_initialisation(net: nn.Module, about: About, path: Path) -> None:
     """Write θ, parameters and buffers, with `about` in the file's metadata (JSON strings)."""
-    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in net.state_dict().items()
+    }
     save_file(state, path, metadata={key: json.dumps(value) for key, value in asdict(about).items()})
 
 

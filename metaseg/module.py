@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from metaseg.adapt import Adapter
+from metaseg.adapt import Adapter, Engine
 from metaseg.algos import Algorithm
+from metaseg.engine.flat import flat, flat_statistics
 from metaseg.episode import Episode
-from metaseg.evaluate import score_episode
+from metaseg.evaluate import Example
 from metaseg.update import Update
 
 
@@ -27,7 +28,7 @@ class MetaModule(pl.LightningModule):
         net: θ's network.
         algo: gives an episode's pseudo-gradient.
         inner: ω while meta-training.
-        update: ω at validation.
+        engine: how its steps are computed.
         outer: makes the outer optimizer of θ's parameters; its lr is the first meta-step size ε.
         final_lr: ε at the last meta-step; it is linear in between.
         meta_steps: number of meta-steps, ≥ 1.
@@ -40,7 +41,7 @@ class MetaModule(pl.LightningModule):
         algo: Algorithm,
         *,
         inner: Update,
-        update: Update,
+        engine: Engine,
         outer: Callable[..., Optimizer],
         final_lr: float,
         meta_steps: int,
@@ -50,69 +51,51 @@ class MetaModule(pl.LightningModule):
         self.automatic_optimization = False
         self.save_hyperparameters({"about": about}, logger=False)
         self.net, self.algo, self.outer = net, algo, outer
+        self.inner, self.engine = inner, engine
         self.final_lr, self.meta_steps = final_lr, meta_steps
-        # plain attributes behind a dict: φ is scratch space, neither a parameter of this module nor in its checkpoint
-        self.adapters = {"train": Adapter(net, inner), "val": Adapter(net, update)}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The outer optimizer, and ε's linear course to `final_lr`."""
-        optimizer = self.outer(self.net.parameters())
+        """The outer optimizer of θ as one vector, and ε's linear course to `final_lr`."""
+        self.theta = flat(self.net)  # now, since Lightning has just moved the network to its device
+        self.lanes = self.engine(self.net, self.inner)
+        optimizer = self.outer([self.theta])
         schedule = linear(optimizer.param_groups[0]["lr"], self.final_lr, self.meta_steps)
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, schedule)}
 
     def training_step(self, meta_batch: list[Episode], batch_idx: int) -> None:
         """One meta-step."""
         started = time.perf_counter()
-        adapt, optimizer, schedule = self.adapters["train"], self.optimizers(), self.lr_schedulers()
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         assert isinstance(schedule, LambdaLR)
 
-        # 1. the mean pseudo-gradient, and the mean of the running statistics that the episodes ended with
-        direction = torch.zeros(sum(p.numel() for p in self.net.parameters()), device=self.device)
-        loss = torch.zeros((), device=self.device)
-        statistics = [torch.zeros_like(buffer) for buffer in running_statistics(self.net)]
-        for episode in meta_batch:
-            direction += self.algo.meta_gradient(self.net, episode, adapt) / len(meta_batch)
-            loss += adapt.last_loss / len(meta_batch)
-            for mean, buffer in zip(statistics, running_statistics(adapt.phi), strict=True):
-                mean += buffer / len(meta_batch)
+        # 1. each episode's pseudo-gradient, the running statistics that it ended with, and its last loss
+        gradients, statistics, losses = zip(*self.lanes.map(self._learn, meta_batch), strict=True)
 
-        # 2. written where any torch optimizer looks for a gradient
-        parameters = list(self.net.parameters())
-        for parameter, part in zip(parameters, torch.split(direction, [p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view(parameter.shape)
+        # 2. their mean, written where any torch optimizer looks for a gradient
+        self.theta.grad = torch.stack(gradients).mean(dim=0)
 
         # 3. the outer step
         self.log("train/meta_step_size", optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-        for buffer, mean in zip(running_statistics(self.net), statistics, strict=True):
-            buffer.copy_(mean)
+        flat_statistics(self.net).copy_(torch.stack(statistics).mean(dim=0))
 
-        self.log("train/loss", loss, prog_bar=True)  # of the last inner steps
-        self.log("train/meta_gradient_norm", direction.norm())
+        self.log("train/loss", torch.stack(losses).mean(), prog_bar=True)  # of the last inner steps
+        self.log("train/meta_gradient_norm", self.theta.grad.norm())
         self.log("train/seconds", time.perf_counter() - started)
 
-    def validation_step(self, episodes: list[Episode], batch_idx: int) -> None:
-        """Adapt to a held-out task and score it."""
-        for episode in episodes:
-            score = score_episode(self.net, episode, self.adapters["val"]).score
-            self.log("val/iou", score.iou, prog_bar=True, on_epoch=True, batch_size=1)
-            self.log("val/loss", score.loss, on_epoch=True, batch_size=1)
+    def _learn(self, adapt: Adapter, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = self.algo.meta_gradient(self.net, episode, adapt)
+        return gradient, adapt.statistics().clone(), adapt.last_loss
+
+    def validation_step(self, example: Example, batch_idx: int) -> None:
+        """Log the score of an episode of a held-out task; `evaluate.Scoring` has adapted to it."""
+        self.log("val/iou", example.score.iou, prog_bar=True, on_epoch=True, batch_size=1)
+        self.log("val/loss", example.score.loss, on_epoch=True, batch_size=1)
 
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     """Factors on `start`, for LambdaLR: 1 at step 0, end / start at step `steps` − 1 and behind it."""
     last = max(steps - 1, 1)
     return lambda step: 1 + (end / start - 1) * min(step, last) / last
-
-
-def running_statistics(net: nn.Module) -> list[Tensor]:
-    """Running means and variances of all batch norms."""
-    return [
-        buffer
-        for module in net.modules()
-        if isinstance(module, nn.BatchNorm2d)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]

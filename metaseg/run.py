@@ -20,15 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from metaseg.adapt import Adapter
+from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
 from metaseg.config import check, check_overrides, config_dir, config_sha256, inner_config, make_update, trains
 from metaseg.data.datamodule import EpisodeData
-from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks, episode_loader
+from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks
 from metaseg.data.source import Split, TaskSource, splits_sha256
 from metaseg.errors import UserError
-from metaseg.evaluate import Evaluation, evaluate
+from metaseg.evaluate import Evaluation, Scoring, evaluate
 from metaseg.initialisation import About, check_resumable, load_initialisation, save_initialisation
 from metaseg.module import MetaModule
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
@@ -47,6 +47,7 @@ class Job:
         update: ω, but for the choice of its learning rate.
         algo: None if there is nothing to train.
         inner: ω while meta-training; None likewise.
+        engine: how inner steps are computed.
         about: what is known of θ.
     """
 
@@ -56,6 +57,7 @@ class Job:
     update: Update
     algo: Algorithm | None
     inner: Update | None
+    engine: Engine
     about: About
 
 
@@ -90,6 +92,7 @@ def run(config: DictConfig, folder: Path) -> float:
             "seed": about.seed,
             "meta_steps": about.meta_steps,
             "device": device_of(config).type,
+            "engine": plain(config.engine),
             "wall_s": round(time.perf_counter() - started, 1),
             "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
         }
@@ -116,7 +119,7 @@ def build(config: DictConfig) -> Job:
     with torch_seed(config.seed):
         # a checkpoint brings its weights along: no need for those that training began with
         weights = {} if config.ckpt_path is None else {"weights": None}
-        net = create(config.model, **weights).to(memory_format=torch.channels_last)
+        net = create(config.model, **weights)
     about = About(
         model=plain(config.model),
         algo=config.algo.name,
@@ -128,7 +131,7 @@ def build(config: DictConfig) -> Job:
     )
     if algo and config.ckpt_path is not None:
         check_resumable(Path(config.ckpt_path), about)
-    return Job(config, source, net, update, algo, inner, about)
+    return Job(config, source, net, update, algo, inner, create(config.engine), about)
 
 
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
@@ -148,7 +151,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         job.net,
         algo,
         inner=inner,
-        update=job.update,
+        engine=job.engine,
         outer=create(config.algo.outer),
         final_lr=config.algo.final_lr,
         meta_steps=steps,
@@ -156,7 +159,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     )
     data = EpisodeData(
         TrainingEpisodes(partial(algo.episode, job.source, inner, config.seed), steps * config.algo.meta_batch),
-        evaluation_episodes(config, job.source, "val", job.update),
+        scoring(job, "val", job.update),
         meta_batch=config.algo.meta_batch,
         workers=config.workers,
     )
@@ -202,10 +205,8 @@ def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]
     config = job.config
 
     def on(split: Split, candidate: Update) -> Evaluation:
-        episodes = evaluation_episodes(config, job.source, split, candidate)
-        loader = episode_loader(episodes, config.workers)
         title = f"{split}, update.lr={candidate.lr:g}"
-        return evaluate(job.net, loader, Adapter(job.net, candidate), title=title, examples=config.evaluate.panels)
+        return evaluate(scoring(job, split, candidate), title=title, examples=config.evaluate.panels)
 
     splits = splits_to_score(config, job.source)
     candidates = [replace(job.update, lr=lr) for lr in config.evaluate.lrs or [job.update.lr]]
@@ -222,6 +223,19 @@ def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, up
     tasks = choose_tasks(source, split, e.val_tasks if split == "val" else e.test_tasks, e.seed)
     return EvaluationEpisodes(
         source, split, tasks, update, shots=e.shots, queries=e.queries, draws=e.draws, seed=e.seed
+    )
+
+
+def scoring(job: Job, split: Split, update: Update) -> Scoring:
+    """The evaluation of θ on a split by ω, yet to be iterated over."""
+    config = job.config
+    return Scoring(
+        job.net,
+        evaluation_episodes(config, job.source, split, update),
+        update,
+        job.engine,
+        processes=config.evaluate.processes,
+        workers=config.workers,
     )
 
 

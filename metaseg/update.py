@@ -1,12 +1,12 @@
 """The update procedure ω: everything that says how an initialisation is adapted to a support set."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaseg.data.augment import augment
@@ -116,20 +116,24 @@ class Update:
             raise DataError("an empty support set: give at least one image to adapt to")
         images, masks = support.numpy()
         order = _rounds(len(support), rng)
-        batches = []
+        drawn = []
         for _ in range(self.steps):
             which = [next(order) for _ in range(self.batch_size)]
-            batches.append(Batch.from_numpy(*augment(images[which], masks[which], self.augment, rng)))
-        return tuple(batches)
+            drawn.append(augment(images[which], masks[which], self.augment, rng))
+        # in one piece of memory, which travels from a loader worker, or to a GPU, as one
+        stacked = (np.stack(part) for part in zip(*drawn, strict=True))
+        return tuple(Batch.from_numpy(*pair) for pair in zip(*stacked, strict=True))
 
-    def make_optimizer(self, net: nn.Module) -> Optimizer:
-        """A fresh optimizer over all of the network's parameters; which of them move is up to their requires_grad."""
-        norm = {id(p) for p in batchnorm_parameters(net)}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in net.parameters() if id(p) not in norm], "weight_decay": self.weight_decay},
-            {"params": [p for p in net.parameters() if id(p) in norm], "weight_decay": 0.0},
+    def make_optimizer(self, weights: Sequence[Tensor], norms: Sequence[Tensor], **options: Any) -> Optimizer:
+        """A fresh optimizer of `weights`, with L2, and of batch norms' parameters, without.
+
+        Which of them move is up to their gradients: without one they are held still.
+        """
+        groups = [
+            {"params": list(weights), "weight_decay": self.weight_decay},
+            {"params": list(norms), "weight_decay": 0.0},
         ]
-        return self.optimizer([group for group in groups if group["params"]], lr=self.lr)
+        return self.optimizer([group for group in groups if group["params"]], **{"lr": self.lr, **options})
 
     def select(self, net: nn.Module) -> list[nn.Parameter]:
         """The parameters that adapt."""

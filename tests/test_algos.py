@@ -1,6 +1,7 @@
 """Algorithms against updates derived by hand, on a network of one 1×1 convolution and on a quadratic."""
 
 import copy
+import sys
 from functools import partial
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from metaseg import adapt as adapt_module
 from metaseg.adapt import Adapter
 from metaseg.algos import Fomaml, FomamlStar, Joint, Reptile
-from metaseg.algos.base import flat
+from metaseg.engine import Fast, Reference
+from metaseg.engine.flat import flat, gather, ordered_parameters, split
 from metaseg.episode import Batch, Episode
 from metaseg.losses import segmentation_loss
 from metaseg.update import Update
@@ -43,7 +44,12 @@ def episode(*batches: Batch) -> Episode:
 
 
 def update(**changes: object) -> Update:
-    return Update(SGD, **{"lr": LR, "steps": 3, "weight_decay": L2, "dropout": 0.0, "augment": 0.0, **changes})
+    return Update(partial(SGD), **{"lr": LR, "steps": 3, "weight_decay": L2, "dropout": 0.0, "augment": 0.0, **changes})
+
+
+@pytest.fixture(params=[Reference, Fast])
+def engine(request: pytest.FixtureRequest) -> type[Adapter]:
+    return request.param
 
 
 @pytest.fixture
@@ -57,26 +63,27 @@ def gradient(net: nn.Module, data: Batch) -> torch.Tensor:
     parameters = list(net.parameters())
     loss = segmentation_loss(net(data.images), data.masks)
     loss = loss + L2 / 2 * sum((p**2).sum() for p in parameters)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    return gather(list(torch.autograd.grad(loss, parameters)))
 
 
 def moved(net: nn.Module, by: torch.Tensor) -> nn.Module:
     net = copy.deepcopy(net)
     with torch.no_grad():
-        for p, part in zip(net.parameters(), by.split([p.numel() for p in net.parameters()]), strict=True):
-            p += part.view_as(p)
+        parameters = ordered_parameters(net)
+        for p, part in zip(parameters, split(by, parameters), strict=True):
+            p += part
     return net
 
 
-def test_one_step_reptile_is_an_sgd_step(net: Tiny) -> None:
+def test_one_step_reptile_is_an_sgd_step(net: Tiny, engine: type[Adapter]) -> None:
     data = batch(0)
-    g = Reptile(shots=3).meta_gradient(net, episode(data), Adapter(net, update(steps=1)))
+    g = Reptile(shots=3).meta_gradient(net, episode(data), engine(net, update(steps=1)))
     torch.testing.assert_close(g, LR * gradient(net, data))
 
 
-def test_reptile_sums_the_inner_steps(net: Tiny) -> None:
+def test_reptile_sums_the_inner_steps(net: Tiny, engine: type[Adapter]) -> None:
     batches = [batch(i) for i in range(3)]
-    g = Reptile(shots=3).meta_gradient(net, episode(*batches), Adapter(net, update()))
+    g = Reptile(shots=3).meta_gradient(net, episode(*batches), engine(net, update()))
     phi, total = net, torch.zeros_like(g)
     for data in batches:
         step = LR * gradient(phi, data)
@@ -85,24 +92,24 @@ def test_reptile_sums_the_inner_steps(net: Tiny) -> None:
 
 
 @pytest.mark.parametrize("algo", [Fomaml(shots=3), FomamlStar(shots=10, tail=5)])
-def test_fomaml_is_the_last_step_at_the_adapted_weights(net: Tiny, algo: Fomaml) -> None:
+def test_fomaml_is_the_last_step_at_the_adapted_weights(net: Tiny, engine: type[Adapter], algo: Fomaml) -> None:
     first, second, last = (batch(i) for i in range(3))
-    g = algo.meta_gradient(net, episode(first, second, last), Adapter(net, update()))
+    g = algo.meta_gradient(net, episode(first, second, last), engine(net, update()))
     phi = moved(net, -LR * gradient(net, first))
     phi = moved(phi, -LR * gradient(phi, second))
     torch.testing.assert_close(g, LR * gradient(phi, last))
 
 
-def test_fomaml_with_an_adapting_head_still_learns_the_rest(net: Tiny) -> None:
+def test_fomaml_with_an_adapting_head_still_learns_the_rest(net: Tiny, engine: type[Adapter]) -> None:
     first, last = batch(0), batch(1)
-    g = Fomaml(shots=3).meta_gradient(net, episode(first, last), Adapter(net, update(steps=2, adapts="head")))
+    g = Fomaml(shots=3).meta_gradient(net, episode(first, last), engine(net, update(steps=2, adapts="head")))
     frozen = sum(p.numel() for p in net.decoders.parameters())
     step = -LR * gradient(net, first)
     step[:frozen] = 0
     torch.testing.assert_close(g, LR * gradient(moved(net, step), last))
 
 
-def test_reptile_on_a_quadratic(net: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reptile_on_a_quadratic(net: Tiny, engine: type[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ½‖φ − c‖² each step keeps the share 1 − lr of the distance, so θ − φ_K = (1 − (1 − lr)^K)(θ − c)."""
     target, steps = 2.0, 7
 
@@ -110,23 +117,24 @@ def test_reptile_on_a_quadratic(net: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return 0.5 * sum(((p - target) ** 2).sum() for p in self.parameters())
 
-    monkeypatch.setattr(adapt_module, "segmentation_loss", lambda output, masks: output)
+    for module in (sys.modules[Reference.__module__], sys.modules[Fast.__module__]):
+        monkeypatch.setattr(module, "segmentation_loss", lambda output, masks: output)
     net = Quadratic()
     omega = update(steps=steps, weight_decay=0.0)
-    g = Reptile(shots=3).meta_gradient(net, episode(*[batch(0)] * steps), Adapter(net, omega))
+    g = Reptile(shots=3).meta_gradient(net, episode(*[batch(0)] * steps), engine(net, omega))
     torch.testing.assert_close(g, (1 - (1 - LR) ** steps) * (flat(net) - target))
 
 
-def test_joint_is_the_gradient_of_the_mixed_batch(net: Tiny) -> None:
+def test_joint_is_the_gradient_of_the_mixed_batch(net: Tiny, engine: type[Adapter]) -> None:
     data = batch(0, n=8)
-    g = Joint().meta_gradient(net, episode(data), Adapter(net, update(lr=1.0, steps=1, batch_size=8)))
+    g = Joint().meta_gradient(net, episode(data), engine(net, update(lr=1.0, steps=1, batch_size=8)))
     torch.testing.assert_close(g, gradient(net, data))
 
 
-def test_theta_is_left_as_it_was(net: Tiny) -> None:
-    before = flat(net)
+def test_theta_is_left_as_it_was(net: Tiny, engine: type[Adapter]) -> None:
+    before = flat(net).clone()
     for algo in (Reptile(shots=3), Fomaml(shots=3)):
-        algo.meta_gradient(net, episode(batch(0), batch(1)), Adapter(net, update()))
+        algo.meta_gradient(net, episode(batch(0), batch(1)), engine(net, update()))
     assert torch.equal(flat(net), before)
     assert all(p.requires_grad for p in net.parameters())
 

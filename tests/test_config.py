@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam
 from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
 from metaseg.update import Constant, Cosine
 
-GROUPS = ["algo", "dataset", "update", "model", "trainer", "logger", "experiment", "debug"]
+GROUPS = ["algo", "dataset", "update", "model", "trainer", "logger", "engine", "experiment", "debug"]
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -7,9 +7,9 @@ import torch
 from test_adapt import Net
 from test_module import INNER, Source
 
-from metaseg.adapt import Adapter
-from metaseg.data.episodes import EvaluationEpisodes, episode_loader
-from metaseg.evaluate import evaluate
+from metaseg.data.episodes import EvaluationEpisodes
+from metaseg.engine import auto
+from metaseg.evaluate import Scoring, evaluate
 from metaseg.panels import overlay
 
 
@@ -20,7 +20,7 @@ def test_many_episodes_from_a_worker_hold_no_files_open() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
     try:
-        done = evaluate(net, episode_loader(episodes, workers=1), Adapter(net, INNER), title="test", examples=3)
+        done = evaluate(Scoring(net, episodes, INNER, auto, processes=2), title="test", examples=3)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(done.scores) == 60

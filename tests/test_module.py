@@ -11,16 +11,17 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from test_adapt import Net
 from torch.optim import SGD, Adam
 
-from metaseg.adapt import Adapter
 from metaseg.algos import Reptile
-from metaseg.algos.base import flat
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes
-from metaseg.module import MetaModule, linear, running_statistics
+from metaseg.engine import Fast, auto
+from metaseg.engine.flat import flat, flat_statistics
+from metaseg.evaluate import Scoring
+from metaseg.module import MetaModule, linear
 from metaseg.update import Update
 
 META_BATCH, STEPS = 2, 6
-INNER = Update(SGD, lr=0.1, steps=2, batch_size=3, dropout=0.5, augment=0.5)
+INNER = Update(partial(SGD), lr=0.1, steps=2, batch_size=3, dropout=0.5, augment=0.5)
 
 
 class Source:
@@ -48,15 +49,15 @@ def make_net() -> Net:
 
 def make_module(net: Net, outer: object = partial(Adam, lr=0.01)) -> MetaModule:
     return MetaModule(
-        net, Reptile(shots=4), inner=INNER, update=INNER, outer=outer, final_lr=0.0, meta_steps=STEPS, about={}
+        net, Reptile(shots=4), inner=INNER, engine=auto, outer=outer, final_lr=0.0, meta_steps=STEPS, about={}
     )
 
 
-def make_data(workers: int = 0) -> EpisodeData:
+def make_data(net: Net, workers: int = 0) -> EpisodeData:
     source = Source()
     training = TrainingEpisodes(partial(Reptile(shots=4).episode, source, INNER, 7), STEPS * META_BATCH)
     held_out = EvaluationEpisodes(source, "val", ["val-0"], INNER, shots=2, queries=2, draws=1, seed=0)
-    return EpisodeData(training, held_out, meta_batch=META_BATCH, workers=workers)
+    return EpisodeData(training, Scoring(net, held_out, INNER, auto), meta_batch=META_BATCH, workers=workers)
 
 
 def fit(
@@ -76,7 +77,7 @@ def fit(
         num_sanity_val_steps=0,
         inference_mode=False,
     )
-    trainer.fit(learner, make_data(workers), ckpt_path=resume, weights_only=True)
+    trainer.fit(learner, make_data(learner.net, workers), ckpt_path=resume, weights_only=True)
     return learner, folder
 
 
@@ -90,16 +91,15 @@ def test_meta_step_size_falls_linearly_to_its_end() -> None:
 
 def test_a_meta_step_moves_theta_by_epsilon_to_the_mean_of_the_adapted_weights(tmp_path: Path) -> None:
     learner, _ = fit(tmp_path, steps=1, outer=partial(SGD, lr=0.25))
-    theta, adapt, data = make_net(), Adapter(make_net(), INNER), make_data()
+    theta, adapt, data = make_net(), Fast(make_net(), INNER), make_data(make_net())
     adapted, statistics = [], []
     for i in range(META_BATCH):
-        phi = adapt(theta, data.training[i])
-        adapted.append(flat(phi))
-        statistics.append([s.clone() for s in running_statistics(phi)])
+        adapt(theta, data.training[i])
+        adapted.append(adapt.vector().clone())
+        statistics.append(adapt.statistics().clone())
     start = flat(theta)
     torch.testing.assert_close(flat(learner.net), start + 0.25 * (torch.stack(adapted).mean(0) - start))
-    for ours, *theirs in zip(running_statistics(learner.net), *statistics, strict=True):
-        torch.testing.assert_close(ours, torch.stack(theirs).mean(0))
+    torch.testing.assert_close(flat_statistics(learner.net), torch.stack(statistics).mean(0))
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -121,16 +121,3 @@ def test_working_copies_are_no_part_of_the_checkpoint(tmp_path: Path) -> None:
     _, folder = fit(tmp_path, 1)
     state = torch.load(folder / "step=1.ckpt", weights_only=True)["state_dict"]
     assert state.keys() == {f"net.{key}" for key in make_net().state_dict()}
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_adaptation_on_cuda_agrees_with_the_cpu() -> None:
-    torch.backends.cudnn.allow_tf32 = False
-    episode, omega = make_data().training[0], INNER
-    net = make_net()
-    net.dropout = torch.nn.Identity()  # the devices' random numbers differ
-    cpu = flat(Adapter(net, omega)(net, episode))
-    device = torch.device("cuda")
-    cuda = flat(Adapter(net, omega)(net.to(device), episode.to(device))).cpu()
-    torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-5)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.optim import SGD, Adam
 
-from metaseg.adapt import Adapter
+from metaseg.engine import Reference
+from metaseg.engine.flat import ordered_parameters
 from metaseg.episode import Batch, Episode
 from metaseg.models import EfficientLab
-from metaseg.update import Constant, Cosine, Schedule, Step, Update
+from metaseg.update import Constant, Cosine, Schedule, Step, Update, batchnorm_parameters
 
 
 def update(**changes: Any) -> Update:
@@ -60,7 +61,7 @@ def test_the_learning_rate_follows_the_schedule() -> None:
     net = EfficientLab("tf_efficientnet_lite0", rsd=(16,), weights=None)
     omega = update(optimizer=Spy, steps=4, lr=0.2, schedule=Cosine(), batch_size=2)
     few = support(2, size=32)
-    Adapter(net, omega)(net, Episode("task", 0, few, few[:0], omega.minibatches(few, np.random.default_rng(0))))
+    Reference(net, omega)(net, Episode("task", 0, few, few[:0], omega.minibatches(few, np.random.default_rng(0))))
     assert rates == pytest.approx([0.2, 0.1 * (1 + np.sqrt(0.5)), 0.1, 0.1 * (1 - np.sqrt(0.5))])
 
 
@@ -170,9 +171,14 @@ def names(net: EfficientLab, parameters: list[torch.nn.Parameter]) -> set[str]:
     return {name for name, p in net.named_parameters() if id(p) in set(ids)}
 
 
+def weights_and_norms(net: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    norms = batchnorm_parameters(net)
+    return ordered_parameters(net)[len(norms) :], norms
+
+
 @pytest.mark.parametrize("kind", [SGD, Adam])
 def test_everything_decays_but_batch_norm(net: EfficientLab, kind: Any) -> None:
-    groups = update(optimizer=kind, weight_decay=0.25).make_optimizer(net).param_groups
+    groups = update(optimizer=kind, weight_decay=0.25).make_optimizer(*weights_and_norms(net)).param_groups
     decays = {name: group["weight_decay"] for group in groups for name in names(net, group["params"])}
     assert decays == {name: 0.0 if BATCH_NORM.fullmatch(name) else 0.25 for name, _ in net.named_parameters()}
     assert sum(len(group["params"]) for group in groups) == len(decays)
@@ -185,13 +191,13 @@ def test_weight_decay_is_the_gradient_of_half_the_square() -> None:
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    update(lr=0.1, weight_decay=0.5).make_optimizer(net).step()
+    update(lr=0.1, weight_decay=0.5).make_optimizer(*weights_and_norms(net)).step()
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (1 if BATCH_NORM.fullmatch(name) else 0.95))
 
 
 def test_a_network_without_batch_norm_has_one_group() -> None:
-    assert len(update().make_optimizer(torch.nn.Conv2d(3, 2, 1)).param_groups) == 1
+    assert len(update().make_optimizer(*weights_and_norms(torch.nn.Conv2d(3, 2, 1))).param_groups) == 1
 
 
 def selected(net: EfficientLab, part: str) -> set[str]:
@@ -217,7 +223,7 @@ def test_the_sizes_of_the_parts(net: EfficientLab) -> None:
 def test_only_the_selected_part_moves(net: EfficientLab, part: Any) -> None:
     omega, few = update(adapts=part, steps=1, batch_size=2, dropout=0.0, weight_decay=0.1), support(2, size=32)
     episode = Episode("task", 0, few, few[:0], omega.minibatches(few, np.random.default_rng(0)))
-    phi = Adapter(net, omega)(net, episode)
+    phi = Reference(net, omega)(net, episode)
     theta = dict(net.named_parameters())
     moved = {name for name, p in phi.named_parameters() if not torch.equal(p, theta[name])}
     assert moved == selected(net, part)

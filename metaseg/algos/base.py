@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from metaseg.adapt import Adapter
@@ -38,7 +37,7 @@ class Algorithm(ABC):
             adapt: the inner loop under the training ω. Its φ's running statistics become a part of θ's.
 
         Returns:
-            Shape (parameters of θ,), in the order of `theta.parameters()`.
+            Shape (parameters of θ,), in the order of `engine.flat.flat`.
         """
 
     def episode(self, source: TaskSource, update: Update, seed: int, index: int) -> Episode:
@@ -62,8 +61,3 @@ class Algorithm(ABC):
         if not source.names("train"):
             raise ConfigError("the train split has no task to meta-train on; put classes into it, or use mode=test")
         check_counts(source, source.names("train"), self.shots)
-
-
-def flat(net: nn.Module) -> Tensor:
-    """A copy of all parameters as one vector, in the order of `net.parameters()`."""
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])

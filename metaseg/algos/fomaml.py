@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from metaseg.adapt import Adapter
-from metaseg.algos.base import Algorithm, flat
+from metaseg.algos.base import Algorithm
 from metaseg.data.source import TaskSource
 from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError
@@ -23,10 +23,9 @@ class Fomaml(Algorithm):
         adapt.start(theta, episode.seed)
         for batch in episode.batches[:-1]:
             adapt.step(batch)
-        before = flat(adapt.phi)
-        adapt.phi.requires_grad_(True)
-        adapt.step(episode.batches[-1])
-        return before - flat(adapt.phi)
+        before = adapt.vector().clone()
+        adapt.step(episode.batches[-1], everything=True)
+        return before - adapt.vector()
 
 
 class FomamlStar(Fomaml):

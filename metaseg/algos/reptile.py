@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from metaseg.adapt import Adapter
-from metaseg.algos.base import Algorithm, flat
+from metaseg.algos.base import Algorithm
+from metaseg.engine.flat import flat
 from metaseg.episode import Episode
 
 
@@ -12,5 +13,5 @@ class Reptile(Algorithm):
 
     def meta_gradient(self, theta: nn.Module, episode: Episode, adapt: Adapter) -> Tensor:
         """θ − φ_K, all shots being support."""
-        phi = adapt(theta, episode)
-        return flat(theta) - flat(phi)
+        adapt(theta, episode)
+        return flat(theta) - adapt.vector()

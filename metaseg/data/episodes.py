@@ -126,7 +126,12 @@ class From(Sampler[int]):
 
 
 def episode_loader(
-    episodes: Dataset[Episode], workers: int, *, batch_size: int = 1, sampler: Sampler[int] | None = None
+    episodes: Dataset[Episode],
+    workers: int,
+    *,
+    batch_size: int = 1,
+    sampler: Sampler[int] | None = None,
+    pin_memory: bool = False,
 ) -> DataLoader[list[Episode]]:
     """A loader of lists of `batch_size` episodes, prefetched by worker processes."""
     return DataLoader(  # collate_fn makes lists of what the data set has one by one
@@ -135,9 +140,11 @@ def episode_loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_one_thread,
+        pin_memory=pin_memory,
+        worker_init_fn=one_thread,
     )
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
+    """Have OpenCV compute in the worker's own thread; torch's loader sees to torch's."""
     cv2.setNumThreads(0)

@@ -31,6 +31,9 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"model.backbone={name} is a {type(net).__name__}: choose a timm EfficientNet, as tf_efficientnet_b0"
             )
+        for module in net.modules():
+            if isinstance(module, nn.SiLU):
+                module.inplace = False  # its backward pass needs the input, so autograd would copy it first
         # module name → (stride, channels) of each stage's end, as far as stride 16
         ends = {f["module"]: (f["reduction"], f["num_chs"]) for f in net.feature_info if f["reduction"] <= 16}
         self.conv_stem, self.bn1 = net.conv_stem, net.bn1

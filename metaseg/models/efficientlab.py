@@ -1,5 +1,6 @@
 """EfficientLab: an EfficientNet to stride 16 and residual skip decoders (Hendryx et al. 2019, arXiv 1912.06290)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -39,16 +40,21 @@ def convolve_with_constant(conv: nn.Conv2d, x: Tensor, constant: Tensor) -> Tens
         x: shape (n, channels, h, w).
         constant: shape (n, c, 1, 1).
     """
-    channels = x.shape[1]
-    y = F.conv2d(x, conv.weight[:, :channels], conv.bias, padding=1)
+    for_x, for_constant = torch.split(conv.weight, [x.shape[1], constant.shape[1]], dim=1)
+    y = F.conv2d(x, for_x, conv.bias, padding=1)
     tile = constant.expand(-1, -1, min(y.shape[2], 3), min(y.shape[3], 3))
-    nine = F.conv2d(tile, conv.weight[:, channels:], padding=1)
-    for dim in (2, 3):
-        size = y.shape[dim]
-        if size > 3:
-            place = torch.arange(size, device=x.device)
-            nine = nine.index_select(dim, (place > 0).long() + (place == size - 1).long())  # 0, 1, …, 1, 2
-    return y + nine
+    nine = F.conv2d(tile, for_constant, padding=1)
+    return y + _widen(_widen(nine, 3, y.shape[3]), 2, y.shape[2])
+
+
+def _widen(x: Tensor, dim: int, size: int) -> Tensor:
+    """Repeat the middle one of three along `dim` until it has `size`; up to three stay as they are."""
+    if size <= 3:
+        return x
+    first, middle, last = torch.split(x, 1, dim)
+    shape = list(x.shape)
+    shape[dim] = size - 2
+    return torch.cat([first, middle.expand(shape), last], dim)
 
 
 class ResidualSkipDecoder(nn.Module):
@@ -58,10 +64,14 @@ class ResidualSkipDecoder(nn.Module):
         deep: channels of the deep features.
         skip: channels of the skip connection.
         channels: channels of the result, and of each branch.
+
+    Attributes:
+        shortcuts: whether to compute the same function with fewer operations than its formula has.
     """
 
     def __init__(self, deep: int, skip: int, channels: int) -> None:
         super().__init__()
+        self.shortcuts = True
         both = deep + skip
         self.match = unit(deep, channels, 1) if deep != channels else nn.Identity()
         self.point = unit(both, channels, 1)
@@ -72,14 +82,45 @@ class ResidualSkipDecoder(nn.Module):
         """Merge (n, deep, h, w) into (n, skip, H, W); returns (n, channels, H, W)."""
         up = upsample(deep, skip.shape[2:])
         x = torch.cat([up, skip], dim=1)
-        conv, *activation_and_norm = self.fuse
-        assert isinstance(conv, nn.Conv2d)
-        branches = torch.cat([self.point(x), self.dilated(x)], dim=1)
-        y = convolve_with_constant(conv, branches, x.mean(dim=(2, 3), keepdim=True))
-        for layer in activation_and_norm:
-            y = layer(y)
+        point, dilated, mean = self.point(x), self.dilated(x), x.mean(dim=(2, 3), keepdim=True)
         residual: Tensor = self.match(up)
-        return y + residual
+        conv, activation, norm = self.fuse
+        if self.shortcuts:
+            assert isinstance(conv, nn.Conv2d)
+            y = convolve_with_constant(conv, torch.cat([point, dilated], dim=1), mean)
+        else:
+            y = conv(torch.cat([point, dilated, mean.expand_as(x)], dim=1))
+        merged: Tensor = residual + norm(activation(y))
+        return merged
+
+
+def use_shortcuts(net: nn.Module, wanted: bool) -> None:
+    """Have all decoders of a network compute with shortcuts, or as the formula is written."""
+    for module in net.modules():
+        if isinstance(module, ResidualSkipDecoder):
+            module.shortcuts = wanted
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws 16 random bits an element, so at the rate rounded to 1/65536.
+
+    On the CPU torch's own draws one element after another with a full random number each; at 224² that was 5 % of a
+    step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero elements at the rate p and scale the others by 1 / (1 − p), in training."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()]
+        if x.ndim == 4:  # dealt out as channels_last lies in memory, whichever way x does: each layout drops the same
+            n, c, h, w = x.shape
+            bits = bits.view(n, h, w, c).permute(0, 3, 1, 2)
+        else:
+            bits = bits.view(x.shape)
+        keep = bits >= round(self.p * 65536) - 32768
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 class EfficientLab(nn.Module):
@@ -116,7 +157,7 @@ class EfficientLab(nn.Module):
         for stride in self.strides:
             self.decoders.append(ResidualSkipDecoder(deep, widths[stride], channels))
             deep = channels
-        self.dropout = nn.Dropout(0.0)  # its rate is part of the update procedure
+        self.dropout = Dropout(0.0)  # its rate is part of the update procedure
         self.head = nn.Conv2d(channels, 2, 1)
         nn.init.normal_(self.head.weight, std=1.0)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
