@@ -82,6 +82,7 @@ class Contender:
 
         self.name, self.device = name, torch.device(args.device)
         self.torch = torch
+        self.workers = 1 if args.device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
         torch.manual_seed(0)
         backbone, drop_path = MODELS[args.model]
         self.net = EfficientLab(backbone, (16, 4), drop_path).to(self.device)
@@ -112,8 +113,9 @@ class Contender:
         from metaseg.data.episodes import From, episode_loader
 
         sampler = From(lambda: 0, (meta_steps + 1) * META_BATCH)
-        loader = iter(episode_loader(self.training, 1, batch_size=META_BATCH, sampler=sampler))
+        loader = iter(episode_loader(self.training, self.workers, batch_size=META_BATCH, sampler=sampler))
         self.meta_step(next(loader))
+        self._wait()
         waited = 0.0
         started = time.perf_counter()
         for _ in range(meta_steps):
@@ -131,14 +133,14 @@ class Contender:
             from metaseg.evaluate import Scoring
 
             processes = None if self.name == "fast" else 1
-            scoring = Scoring(self.net, self.test, self.omega, self.engine, processes=processes)
+            scoring = Scoring(self.net, self.test, self.omega, self.engine, processes=processes, workers=self.workers)
             return self._timed(lambda: list(scoring)) / len(self.test)
         return self._timed(lambda: [self._plain_task(self.test[i]) for i in range(len(self.test))]) / len(self.test)
 
     def memory(self) -> float:
         """Peak memory so far, in MB: of the process, or of the GPU."""
         if self.device.type == "cuda":
-            return self.torch.cuda.max_memory_allocated() / 2**20
+            return self.torch.cuda.max_memory_reserved() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def ceilings(self) -> dict[str, float]:
@@ -271,8 +273,7 @@ class Contender:
 
 def serve(name: str, args: argparse.Namespace, size: int, asked: float, connection: Connection) -> None:
     """A contender's process: answers (method, arguments) until it is told None."""
-    if args.device == "cpu":
-        multiprocessing.set_start_method("fork", force=True)  # as it is for users, not as this process was made
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: as users have it
     contender = Contender(name, args, size)
     contender.train(1)
     connection.send(time.time() - asked)  # start-up: the process, imports, and the first meta-step

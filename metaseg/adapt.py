@@ -6,7 +6,7 @@ How a step is computed is an engine's affair (`metaseg.engine`); which steps are
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import cycle
 from typing import TypeVar
@@ -56,7 +56,6 @@ class Adapter(ABC):
     def step(self, batch: Batch, *, everything: bool = False) -> None:
         """One inner step on a mini-batch; `everything` moves all parameters, also those that ω holds still."""
         lr = self.update.lr * self.update.schedule(self.taken / self.update.steps)
-        self.phi.train()
         self.last_loss = self._step(batch, lr, derive_seed(self.seed, "step", self.taken), everything)
         self.taken += 1
 
@@ -76,7 +75,7 @@ class Adapter(ABC):
         """
         with self.computing(), _statistics(self.phi, self.update, support):
             logits: Tensor = self.phi(images)
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
+        return logits
 
     def queue(self) -> AbstractContextManager[None]:
         """Inside it, work is queued in order, but beside that of other adapters if the device can do so."""
@@ -111,14 +110,16 @@ class Lanes:
     def __len__(self) -> int:
         return len(self.adapters)
 
-    def map(self, function: Callable[[Adapter, Episode], T], episodes: Iterable[Episode]) -> list[T]:
+    def map(self, function: Callable[[Adapter, Episode], T], episodes: Sequence[Episode]) -> list[T]:
         """`function` of each episode and one of the adapters; its results must not be parts of the adapter."""
         results = []
-        for adapter, episode in zip(cycle(self.adapters), episodes, strict=False):
-            with adapter.queue():
-                results.append(function(adapter, episode))
-        for adapter in self.adapters:
-            adapter.join()
+        try:
+            for adapter, episode in zip(cycle(self.adapters), episodes, strict=False):
+                with adapter.queue():
+                    results.append(function(adapter, episode))
+        finally:
+            for adapter in self.adapters:
+                adapter.join()
         return results
 
 

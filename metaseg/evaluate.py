@@ -1,9 +1,11 @@
 """The meta-test error of (θ, ω) on fixed episodes: adapt to each support set, score the query set."""
 
 import csv
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +177,7 @@ class Scoring:
         episodes: with their mini-batches.
         update: ω.
         engine: computes the steps.
-        processes: how many on the CPU; None takes as many as torch has threads.
+        processes: how many on the CPU, on Linux without a GPU; None takes as many as torch has threads.
         workers: loader processes on CUDA.
     """
 
@@ -201,17 +203,24 @@ class Scoring:
         if device.type == "cpu":
             yield from self._in_processes(lanes)
             return
-        for few in episode_loader(self.episodes, self.workers, batch_size=len(lanes), pin_memory=True):
+        loader = iter(episode_loader(self.episodes, self.workers, pin_memory=True))
+        while few := [episode for (episode,) in islice(loader, len(lanes))]:
             score = partial(_adapt_and_predict, self.theta)
             for episode, parts in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
                 yield _example(episode, *(part.cpu() for part in parts))
 
     def _in_processes(self, lanes: Lanes) -> Iterator[Example]:
         processes = min(self.processes or torch.get_num_threads(), len(self))
-        if processes == 1 or torch.cuda.is_available():  # autograd with CUDA's threads cannot be forked
+        # other ways to start would share φ among the processes; autograd with CUDA's threads cannot be forked
+        if processes == 1 or torch.cuda.is_available() or not sys.platform.startswith("linux"):
             processes = 0
-        scored = _Scored(self.theta, self.episodes, lanes)
-        yield from DataLoader(scored, batch_size=None, num_workers=processes, worker_init_fn=one_thread)
+        yield from DataLoader(
+            _Scored(self.theta, self.episodes, lanes),
+            batch_size=None,
+            num_workers=processes,
+            worker_init_fn=one_thread,
+            multiprocessing_context="fork" if processes else None,
+        )
 
 
 class _Scored(Dataset[Example]):

@@ -57,6 +57,7 @@ class MetaModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimizer of θ as one vector, and ε's linear course to `final_lr`."""
         self.theta = flat(self.net)  # now, since Lightning has just moved the network to its device
+        flat_statistics(self.net)
         self.lanes = self.engine(self.net, self.inner)
         optimizer = self.outer([self.theta])
         schedule = linear(optimizer.param_groups[0]["lr"], self.final_lr, self.meta_steps)

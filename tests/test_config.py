@@ -12,7 +12,9 @@ from pytorch_lightning import Trainer
 from torch import nn
 from torch.optim import SGD, Adam
 
+from metaseg.adapt import Lanes
 from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine
 
 GROUPS = ["algo", "dataset", "update", "model", "trainer", "logger", "engine", "experiment", "debug"]
@@ -40,6 +42,27 @@ def test_every_preset_composes_and_is_documented(group: str, preset: str) -> Non
     make_update(config["update"])
     if trains(config):
         make_update(inner_config(config))
+
+
+@pytest.mark.parametrize("preset", presets("engine"))
+def test_every_engine_makes_lanes(preset: str) -> None:
+    config = composed(f"engine={preset}")
+    lanes = instantiate(config.engine)(EfficientLab("tf_efficientnet_lite0", (16,)), make_update(config["update"]))
+    assert isinstance(lanes, Lanes)
+    assert len(lanes) == 1  # on the CPU
+
+
+@pytest.mark.parametrize("override", ["engine.lanes=0", "engine.precision=fp16", "evaluate.processes=0"])
+def test_impossible_engines_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override):
+        check(composed(override))
+
+
+def test_an_inner_optimizer_that_only_the_reference_has_is_refused_elsewhere() -> None:
+    adagrad = "algo.inner.optimizer._target_=torch.optim.Adagrad"
+    check(composed(adagrad, "engine=reference"))
+    with pytest.raises(ConfigError, match="Adagrad.*engine=reference"):
+        check(composed(adagrad))
 
 
 @pytest.mark.parametrize("preset", presets("model"))

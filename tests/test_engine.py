@@ -26,7 +26,9 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 def make_net(weights: str | None = None) -> EfficientLab:
     torch.manual_seed(0)
-    return EfficientLab("tf_efficientnet_lite0", rsd=(16, 4), weights=weights)
+    return EfficientLab(
+        "tf_efficientnet_lite0", rsd=(16, 4), drop_path=0.2 if weights is None else 0.0, weights=weights
+    )
 
 
 def data(seed: int, n: int, size: int = SIZE) -> Batch:
@@ -197,9 +199,11 @@ def on_cuda() -> tuple[nn.Module, Update, Episode]:
 
 @pytest.mark.cuda
 @CUDA
-def test_a_replayed_graph_gives_the_plain_loops_phi(on_cuda: tuple[nn.Module, Update, Episode]) -> None:
+def test_a_replayed_graph_gives_the_plain_loops_phi(
+    on_cuda: tuple[nn.Module, Update, Episode], monkeypatch: pytest.MonkeyPatch
+) -> None:
     theta, omega, one = on_cuda
-    torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     start = flat(theta).cpu()
     lanes = auto(theta, omega, precision="fp32", lanes=2)
     there = one.to(torch.device("cuda"))
@@ -226,14 +230,15 @@ def test_bf16_predicts_the_same_masks_but_for_a_few_pixels(on_cuda: tuple[nn.Mod
 
 @pytest.mark.cuda
 @CUDA
-def test_dropout_is_drawn_anew_at_each_replay_and_is_the_seeds(on_cuda: tuple[nn.Module, Update, Episode]) -> None:
+def test_dropout_under_replay_is_the_seeds_alone(on_cuda: tuple[nn.Module, Update, Episode]) -> None:
     theta, omega, one = on_cuda
     omega, there = replace(omega, dropout=0.5), one.to(torch.device("cuda"))
-    lanes = auto(theta, omega, lanes=2)
-    run = partial(lanes.map, lambda adapt, e: (adapt(theta, e), adapt.vector().clone())[1])
+    start = flat(theta).clone()
+    lanes = auto(theta, omega, precision="fp32", lanes=2)
+    run = partial(lanes.map, lambda adapt, e: (adapt(theta, e), adapt.vector() - start)[1])
     other = replace(there, seed=4)
     first, second = run([there, other])
     again, swapped = run([other, there])
-    close(swapped, first, 1e-3)
-    close(again, second, 1e-3)
-    assert not torch.allclose(first, second)
+    close(swapped, first, 2e-2)
+    close(again, second, 2e-2)
+    assert (first - second).norm() > 0.1 * first.norm()

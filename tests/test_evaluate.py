@@ -1,14 +1,16 @@
 """Evaluation over a loader."""
 
 import resource
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from test_adapt import Net
 from test_module import INNER, Source
 
 from metaseg.data.episodes import EvaluationEpisodes
-from metaseg.engine import auto
+from metaseg.engine import auto, reference
 from metaseg.evaluate import Scoring, evaluate
 from metaseg.panels import overlay
 
@@ -26,6 +28,20 @@ def test_many_episodes_from_a_worker_hold_no_files_open() -> None:
     assert len(done.scores) == 60
     assert len(done.examples) == 3
     assert torch.equal(done.examples[1].episode.query.images, episodes[1].query.images)
+
+
+def test_processes_and_engines_score_alike() -> None:
+    omega = replace(INNER, dropout=0.0)  # torch's own Dropout, in Net, draws by layout
+    episodes = EvaluationEpisodes(Source(), "val", ["val-0", "val-1"], omega, shots=2, queries=2, draws=2, seed=0)
+    torch.manual_seed(0)
+    net = Net().double()
+    alone, helped = (Scoring(net, episodes, omega, auto, processes=n) for n in (1, 2))
+    plain = Scoring(net, episodes, omega, reference)
+    rows = [evaluate(scoring, title="test").rows() for scoring in (alone, helped, plain)]
+    assert rows[0] == rows[1]
+    for ours, truth in zip(rows[0], rows[2], strict=True):
+        assert ours["iou"] == truth["iou"]
+        assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-9)
 
 
 def test_an_overlay_shows_the_object_and_pales_the_rest() -> None:

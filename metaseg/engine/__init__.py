@@ -5,6 +5,7 @@ from torch import nn
 from metaseg.adapt import Lanes
 from metaseg.engine.cuda import Graphs, Precision
 from metaseg.engine.fast import Fast, check_optimizer
+from metaseg.engine.flat import flat, flat_statistics
 from metaseg.engine.memory import keep_freed_memory
 from metaseg.engine.reference import Reference
 from metaseg.update import Update
@@ -28,6 +29,7 @@ def auto(net: nn.Module, update: Update, *, precision: Precision = "bf16", lanes
     """
     device = next(net.parameters()).device
     if device.type == "cuda":
+        flat(net), flat_statistics(net)  # now, before lanes on streams of their own read them
         return Lanes([Graphs(net, update, precision) for _ in range(lanes)])
     if device.type == "cpu":
         keep_freed_memory()

@@ -54,13 +54,13 @@ class Graphs(Fast):
     @contextmanager
     def queue(self) -> Iterator[None]:
         """Queue on the lane's stream, behind what the current stream holds so far."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             yield
 
     def join(self) -> None:
         """Have the current stream wait for the lane's."""
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -121,4 +121,9 @@ class Graphs(Fast):
 
     def _libraries(self) -> AbstractContextManager[None]:
         """CuDNN chooses its algorithms by trying them, and may use TF32 unless float32 was asked for."""
-        return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.precision == "bf16")
+        return torch.backends.cudnn.flags(
+            enabled=True,
+            benchmark=True,
+            allow_tf32=self.precision == "bf16",
+            deterministic=torch.backends.cudnn.deterministic,
+        )

@@ -75,8 +75,9 @@ class Fast(Adapter):
             for parameter in run.parameters:
                 parameter.requires_grad_(used)
         runs = [run for run in self._runs if run.values.grad is not None]
+        self.phi.train()
         with torch.enable_grad(), self.computing():
-            loss = segmentation_loss(self.phi(images).to(self._vector.dtype), masks)
+            loss = segmentation_loss(self.phi(images), masks)
         parameters = [parameter for run in runs for parameter in run.parameters]
         gradients = iter(torch.autograd.grad(loss, parameters, materialize_grads=True))
         for run in runs:

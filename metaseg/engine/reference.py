@@ -46,6 +46,7 @@ class Reference(Adapter):
             self.phi.requires_grad_(True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.phi.train()
         with torch.enable_grad(), torch_seed(seed):
             loss = segmentation_loss(self.phi(batch.images.contiguous()), batch.masks)
             self.optimizer.zero_grad()
