@@ -203,10 +203,13 @@ class Contender:
         return batch.images.to(self.device).contiguous().float(), batch.masks.to(self.device)
 
     def _adapt(self, batches: tuple[Any, ...]) -> Any:
+        from metaseg.engine.flat import ordered_parameters
         from metaseg.losses import segmentation_loss
+        from metaseg.update import batchnorm_parameters
 
         phi = copy.deepcopy(self.net)
-        optimizer = self.torch.optim.SGD(phi.parameters(), lr=INNER_LR, weight_decay=5e-4)
+        norms = batchnorm_parameters(phi)
+        optimizer = self.update.make_optimizer(ordered_parameters(phi)[len(norms) :], norms)
         for batch in batches:
             images, masks = self._on_device(batch)
             optimizer.zero_grad()
