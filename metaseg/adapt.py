@@ -75,7 +75,7 @@ class Adapter(ABC):
         """
         with self.computing(), _statistics(self.phi, self.update, support):
             logits: Tensor = self.phi(images)
-        return logits
+            return logits
 
     def queue(self) -> AbstractContextManager[None]:
         """Inside it, work is queued in order, but beside that of other adapters if the device can do so."""

@@ -133,7 +133,7 @@ class Update:
             {"params": list(weights), "weight_decay": self.weight_decay},
             {"params": list(norms), "weight_decay": 0.0},
         ]
-        return self.optimizer([group for group in groups if group["params"]], **{"lr": self.lr, **options})
+        return self.optimizer([group for group in groups if group["params"]], lr=self.lr, **options)
 
     def select(self, net: nn.Module) -> list[nn.Parameter]:
         """The parameters that adapt."""
