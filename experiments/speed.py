@@ -34,6 +34,16 @@ NAMES = {
     "higher": "higher, first order",
 }
 MODELS = {"efficientlab_6_3": ("tf_efficientnet_b0", 0.2), "efficientlab_lite0": ("tf_efficientnet_lite0", 0.2)}
+KINDS = {  # parts of the operations' names
+    "convolution": ("conv", "gemm", "xmma"),
+    "batch norm": ("batch_norm", "bn_"),
+    "activation": ("silu", "hardtanh", "sigmoid"),
+    "resize": ("upsample",),
+    "random": ("bernoulli", "random_"),
+    "copy, fill": ("copy", "cat", "fill", "constant_pad", "empty", "resize_"),
+    "optimizer": ("SGD", "sgd"),
+    "arithmetic": ("::mul", "::add", "::sub", "::div", "::sum", "::mean", "elementwise", "reduce"),
+}
 BATCH, META_BATCH, STEPS, SHOTS, QUERIES = 8, 5, 5, 10, 5
 INNER_LR = 0.005
 
@@ -153,6 +163,22 @@ class Contender:
         product = median(self._timed(lambda: a @ a) for _ in range(7))
         copied = median(self._timed(lambda: y.copy_(x)) for _ in range(7))
         return {"matmul_gflops": 2 * n**3 / product / 1e9, "copy_gbs": 2 * 4 * x.numel() / copied / 1e9}
+
+    def profile(self) -> dict[str, float]:
+        """Where a meta-step's time goes: shares of the work that torch's profiler sees, by kind of operation."""
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = self.device.type == "cuda"
+        activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+        with profile(activities=activities) as seen:
+            self.meta_step(self.meta_batch)
+            self._wait()
+        times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in seen.key_averages()}
+        shares = dict.fromkeys((*KINDS, "other"), 0.0)
+        for name, spent in times.items():
+            kind = next((k for k, parts in KINDS.items() if any(part in name for part in parts)), "other")
+            shares[kind] += spent / sum(times.values())
+        return shares
 
     def floating_point_operations(self) -> float:
         """Of an inner step, as the plain network's formulas are written: forward once, backward twice."""
@@ -325,6 +351,8 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
             result["tasks_per_s"] = 1 / median(result["evaluate_s"])
     loading = ask("fast", "loading", args.meta_steps)
     ceilings, operations = ask("plain", "ceilings"), ask("plain", "floating_point_operations")
+    for name in ("plain", "fast"):
+        results[name]["profile"] = ask(name, "profile")
     step = median(results["fast"]["train_s"]) / (STEPS * META_BATCH)
     for process, connection in servers.values():
         connection.send(None)
@@ -375,6 +403,19 @@ def table(done: dict[str, Any]) -> str:
             f"{c['gflop_per_step']:.1f} GFLOP as written, {100 * c['share_of_matmul']:.0f} % of the rate of a large "
             f"matrix product ({c['matmul_gflops']:.0f} GFLOP/s; copies run at {c['copy_gbs']:.0f} GB/s).",
         ]
+    lines += [
+        "",
+        "A meta-step by torch's profiler, % of its time (and ms an inner step):",
+        "",
+        f"| size | loop | {' | '.join((*KINDS, 'other'))} |",
+        f"| --- | --- |{' --- |' * (len(KINDS) + 1)}",
+    ]
+    for size, result in done["sizes"].items():
+        for name in ("plain", "fast"):
+            row = result["contenders"][name]
+            step = 1000 * median(row["train_s"]) / (STEPS * META_BATCH)
+            cells = [f"{100 * share:.1f} ({step * share:.1f})" for share in row["profile"].values()]
+            lines.append(f"| {size}² | {NAMES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

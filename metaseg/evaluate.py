@@ -242,7 +242,8 @@ def _adapt_and_predict(theta: nn.Module, adapt: Adapter, episode: Episode) -> tu
     """The query set's object masks before adaptation, and its logits after."""
     adapt.start(theta, episode.seed)
     before = adapt.predict(episode.query.images, episode.support).argmax(dim=1)
-    adapt(theta, episode)
+    for batch in episode.batches:
+        adapt.step(batch)
     return before, adapt.predict(episode.query.images, episode.support)
 
 

@@ -82,8 +82,9 @@ class MetaModule(pl.LightningModule):
         schedule.step()
         flat_statistics(self.net).copy_(torch.stack(statistics).mean(dim=0))
 
-        self.log("train/loss", torch.stack(losses).mean(), prog_bar=True)  # of the last inner steps
-        self.log("train/meta_gradient_norm", self.theta.grad.norm())
+        # as Python numbers, for which a GPU is waited for: so the seconds are of the work, not of queueing it
+        self.log("train/loss", float(torch.stack(losses).mean()), prog_bar=True)  # of the last inner steps
+        self.log("train/meta_gradient_norm", float(self.theta.grad.norm()))
         self.log("train/seconds", time.perf_counter() - started)
 
     def _learn(self, adapt: Adapter, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:

@@ -218,6 +218,39 @@ def test_a_replayed_graph_gives_the_plain_loops_phi(
 
 @pytest.mark.cuda
 @CUDA
+@pytest.mark.parametrize(
+    ("algo", "optimizer"),
+    [(Fomaml(10), partial(SGD)), (Reptile(10), partial(SGD, momentum=0.9)), (Reptile(10), partial(Adam))],
+)
+def test_replayed_meta_gradients_are_the_plain_loops(
+    on_cuda: tuple[nn.Module, Update, Episode], algo: Fomaml | Reptile, optimizer: partial[torch.optim.Optimizer]
+) -> None:
+    theta, omega, one = on_cuda
+    lr = 1e-5 if optimizer.func is Adam else omega.lr
+    omega = replace(omega, optimizer=optimizer, lr=lr, adapts="head")  # FOMAML's last step moves everything
+    there = one.to(torch.device("cuda"))
+    truth = algo.meta_gradient(theta, there, Reference(theta, omega)).clone()
+    lanes = auto(theta, omega, precision="fp32", lanes=2)
+    for gradient in lanes.map(lambda adapt, e: algo.meta_gradient(theta, e, adapt).clone(), [there] * 5):
+        close(gradient, truth, 2e-2)
+
+
+@pytest.mark.cuda
+@CUDA
+def test_a_graph_is_captured_for_each_shape_and_theta_may_move(on_cuda: tuple[nn.Module, Update, Episode]) -> None:
+    theta, omega, _ = on_cuda
+    (adapt,) = auto(theta, omega, precision="fp32", lanes=1).adapters
+    for size in (64, 96, 64):
+        there = episode(omega, size=size).to(torch.device("cuda"))
+        truth, _ = adapted(Reference(theta, omega), theta, there)
+        phi, _ = adapted(adapt, theta, there)
+        close(phi - flat(theta), truth - flat(theta), 2e-2)
+        with torch.no_grad():
+            flat(theta).add_(1e-3 * flat(theta).sign())
+
+
+@pytest.mark.cuda
+@CUDA
 def test_bf16_predicts_the_same_masks_but_for_a_few_pixels(on_cuda: tuple[nn.Module, Update, Episode]) -> None:
     theta, omega, one = on_cuda
     there = one.to(torch.device("cuda"))

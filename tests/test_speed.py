@@ -31,10 +31,12 @@ def test_the_plain_loop_adapts_as_the_reference_does() -> None:
 
 def test_ratio_and_table_read_the_measurements() -> None:
     row = {"train_s": [2.0, 1.0, 3.0], "evaluate_s": [4.0], "images_per_s": 100.0, "memory_mb": 10, "start_up_s": 1}
+    row["profile"] = {"convolution": 0.5, "other": 0.5}
     results = {"plain": row, "fast": {**row, "evaluate_s": [2.0], "images_per_s": 150.0}, "higher": {"missing": "no"}}
     assert speed._ratio(results, "evaluate_s") == 2.0
     ceilings = {"matmul_gflops": 100, "copy_gbs": 10, "gflop_per_step": 5, "share_of_matmul": 0.5}
     size = {"contenders": results, "loading": {"waiting_share": 0.01}, "memory_ratio": 1.0, "ceilings": ceilings}
     done = {"command": "c", "commit": "d", "machine": "m", "model": "n", "sizes": {"96": size}}
     assert "| 96² | metaseg, engine=auto | 150.0 | 1.50 |" in speed.table(done)
+    assert "| 96² | plain PyTorch loop | 50.0 (40.0) | 50.0 (40.0) |" in speed.table(done)
     assert "| 96² | higher, first order | no |" in speed.table(done)

@@ -93,8 +93,10 @@ class Graphs(Fast):
         before = [tensor.clone() for tensor in state]
         graph = torch.cuda.CUDAGraph()
         with self.queue(), self._own_random_state():
+            self._capturable(False)  # or torch warns in each eager step that it need not be
             for _ in range(WARM_UP):
                 self._compute(images, masks, everything)
+            self._capturable(True)
             # errors of this thread alone: a loader's thread may pin memory meanwhile
             with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 loss = self._compute(images, masks, everything)
@@ -107,8 +109,11 @@ class Graphs(Fast):
         optimizer = super()._make_optimizer()
         for group in optimizer.param_groups:
             group["lr"] = self._lr  # read by the graph, so in the GPU's memory
-            group["capturable"] = True
         return optimizer
+
+    def _capturable(self, wanted: bool) -> None:
+        for group in self.optimizer.param_groups:
+            group["capturable"] = wanted
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:

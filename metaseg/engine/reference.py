@@ -4,6 +4,8 @@ A module with its own tensors in their usual layout, the network's formulas as t
 optimizer over its parameters, one task after another.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,10 @@ class Reference(Adapter):
         """A copy."""
         return gather(running_statistics(self.phi))
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Float32 throughout: on CUDA, cuDNN would use TF32."""
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
     def _reset(self, theta: nn.Module) -> None:
         self.phi.load_state_dict(theta.state_dict())
         self.phi.requires_grad_(False)
@@ -47,7 +53,7 @@ class Reference(Adapter):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.phi.train()
-        with torch.enable_grad(), torch_seed(seed):
+        with torch.enable_grad(), torch_seed(seed), self.computing():
             loss = segmentation_loss(self.phi(batch.images.contiguous()), batch.masks)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -82,16 +82,25 @@ class ResidualSkipDecoder(nn.Module):
         """Merge (n, deep, h, w) into (n, skip, H, W); returns (n, channels, H, W)."""
         up = upsample(deep, skip.shape[2:])
         x = torch.cat([up, skip], dim=1)
-        point, dilated, mean = self.point(x), self.dilated(x), x.mean(dim=(2, 3), keepdim=True)
+        mean = x.mean(dim=(2, 3), keepdim=True)  # first, so that autograd adds its tiled gradient to x's last
+        point, dilated = self.point(x), self.dilated(x)
         residual: Tensor = self.match(up)
         conv, activation, norm = self.fuse
         if self.shortcuts:
             assert isinstance(conv, nn.Conv2d)
             y = convolve_with_constant(conv, torch.cat([point, dilated], dim=1), mean)
+            for part in (up, skip, point, dilated):
+                _want_dense_gradient(part)
         else:
             y = conv(torch.cat([point, dilated, mean.expand_as(x)], dim=1))
         merged: Tensor = residual + norm(activation(y))
         return merged
+
+
+def _want_dense_gradient(x: Tensor) -> None:
+    """Have x's gradient copied out of the concatenation's: batch norm's backward pass is slow on a slice."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]
 
 
 def use_shortcuts(net: nn.Module, wanted: bool) -> None:
