@@ -104,6 +104,12 @@ def test_every_image_may_be_drawn_for_either() -> None:
     assert {n for episode in all_ for n in numbers(episode.query)} == set(range(IMAGES))
 
 
+def test_more_shots_add_to_the_support_and_leave_the_query() -> None:
+    for few, many in zip(items(episodes(shots=3)), items(episodes(shots=8)), strict=True):
+        assert numbers(few.query) == numbers(many.query)
+        assert numbers(few.support) == numbers(many.support)[:3]
+
+
 def test_masks_stay_with_their_images() -> None:
     for episode in items(episodes()):
         for batch in (episode.support, episode.query):

@@ -17,10 +17,14 @@ from metaseg.update import Update
 def sample_episode(
     source: TaskSource, task: str, shots: int, queries: int, seed: int, rng: np.random.Generator
 ) -> Episode:
-    """Draw `shots` support and `queries` query images of a task, all different; `rng` chooses them."""
-    images, masks = source.load(task, rng.permutation(source.count(task))[: shots + queries].tolist())
-    drawn = Batch.from_numpy(images, masks)
-    return Episode(task, seed, support=drawn[:shots], query=drawn[shots:])
+    """Draw `shots` support and `queries` query images of a task, all different; `rng` chooses them.
+
+    The query comes first out of the shuffled images: of one rng, more shots add to the support of fewer, and the query
+    stays as it is, as learning curves need it.
+    """
+    which = rng.permutation(source.count(task))[: queries + shots].tolist()
+    drawn = Batch.from_numpy(*source.load(task, which))
+    return Episode(task, seed, support=drawn[queries:], query=drawn[:queries])
 
 
 def check_counts(source: TaskSource, tasks: Sequence[str], needed: int) -> None:
