@@ -26,9 +26,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from metaseg.config import config_dir, config_sha256, make_update
+from metaseg.job import create, evaluation_episodes
 from metaseg.metrics import bootstrap_ci95
 from metaseg.panels import PREDICTION, TRUTH, overlay
-from metaseg.run import create, evaluation_episodes
 
 ROWS = {
     "random": ["algo=finetune", "model.weights=null"],

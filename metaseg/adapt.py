@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaseg.episode import Batch, Episode
+from metaseg.metrics import counts, mean_iou
 from metaseg.seeding import derive_seed
 from metaseg.update import Update
 
@@ -42,11 +43,30 @@ class Adapter(ABC):
         self.last_loss = torch.tensor(float("nan"))
 
     def __call__(self, theta: nn.Module, episode: Episode) -> nn.Module:
-        """Adapt to an episode, step by step over `episode.batches`; returns φ."""
+        """Adapt to an episode, step by step over its mini-batches, or as many as early stopping chooses; returns φ."""
+        batches = self.batches(theta, episode)
         self.start(theta, episode.seed)
-        for batch in episode.batches:
+        for batch in batches:
             self.step(batch)
         return self.phi
+
+    def batches(self, theta: nn.Module, episode: Episode) -> tuple[Batch, ...]:
+        """The mini-batches to take: all; or, if there is a rehearsal, as many as served it best (φ is lost then)."""
+        stopping, rehearsal = self.update.stopping, episode.rehearsal
+        if stopping is None or rehearsal is None:
+            return episode.batches
+        best, best_iou, last = 0, -1.0, len(rehearsal.batches)
+        self.start(theta, rehearsal.seed)
+        for batch in rehearsal.batches:
+            self.step(batch)
+            if self.taken % stopping.every == 0 or self.taken == last:
+                logits = self.predict(rehearsal.query.images, rehearsal.support)
+                iou = mean_iou(counts(logits.argmax(dim=1), rehearsal.query.masks))
+                if iou > best_iou:
+                    best, best_iou = self.taken, iou
+                elif self.taken - best >= stopping.patience:
+                    break
+        return episode.batches[:best]
 
     def start(self, theta: nn.Module, seed: int) -> None:
         """φ ← θ, with a fresh optimizer; `seed` is for dropout."""

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from metaseg.config import config_dir
 from metaseg.data.source import SPLITS, TaskSource, splits_sha256
-from metaseg.run import create, launch
+from metaseg.job import create
+from metaseg.run import launch
 
 
 def describe(source: TaskSource) -> str:

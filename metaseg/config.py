@@ -143,6 +143,8 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     )
     for name, least in {"shots": 1, "queries": 1, "draws": 1, "validations": 1, "panels": 0}.items():
         yield evaluation[name] < least, f"evaluate.{name}={evaluation[name]}: give {least} or more"
+    number = evaluation.train_tasks
+    yield number is not None and number < 0, f"evaluate.train_tasks={number}: give 0 or more, or null for all tasks"
     for name in ("val_tasks", "test_tasks"):
         number = evaluation[name]
         yield number is not None and number < 1, f"evaluate.{name}={number}: give 1 or more, or null for all tasks"

@@ -58,6 +58,8 @@ class Episode:
         support: the images to adapt on.
         query: the images to score on, none of them in `support`; may be empty in meta-training.
         batches: what the inner steps see, in their order: mini-batches of the support, shuffled and augmented.
+        rehearsal: under early stopping, the episode on which the number of steps is chosen; its support and query
+            are parts of the support here.
     """
 
     task: str
@@ -65,6 +67,7 @@ class Episode:
     support: Batch
     query: Batch
     batches: tuple[Batch, ...] = ()
+    rehearsal: Episode | None = None
 
     def to(self, device: torch.device) -> Episode:
         """The episode on `device`."""
@@ -73,6 +76,7 @@ class Episode:
             support=self.support.to(device),
             query=self.query.to(device),
             batches=tuple(batch.to(device) for batch in self.batches),
+            rehearsal=self.rehearsal and self.rehearsal.to(device),
         )
 
     def pin_memory(self) -> Episode:
@@ -82,4 +86,5 @@ class Episode:
             support=self.support.pin_memory(),
             query=self.query.pin_memory(),
             batches=tuple(batch.pin_memory() for batch in self.batches),
+            rehearsal=self.rehearsal and self.rehearsal.pin_memory(),
         )

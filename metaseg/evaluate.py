@@ -2,11 +2,14 @@
 
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,37 +19,67 @@ from torch.utils.data import DataLoader, Dataset
 
 from metaseg.adapt import Adapter, Engine, Lanes
 from metaseg.data.episodes import EvaluationEpisodes, episode_loader, one_thread
-from metaseg.episode import Episode
+from metaseg.data.source import Split
+from metaseg.episode import Batch, Episode
 from metaseg.losses import segmentation_loss
-from metaseg.metrics import Floats, bootstrap_ci95, counts, iou
+from metaseg.metrics import Floats, bootstrap_ci95, bootstrap_difference_ci95, counts, iou
 from metaseg.update import Update
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one episode gave.
+    """What one episode gave, on its way through the inner steps.
 
     Attributes:
         task: the episode's task.
-        counts: pixel counts of `metrics.counts`, shape (queries, 4), after adaptation.
-        counts_before: the same before it.
-        loss: the query set's loss after adaptation, without L2.
+        steps: inner steps taken when it was scored: 0, the rungs on the way, and the last; ascending.
+        counts: pixel counts of `metrics.counts` on the query set at each of these, shape (steps, queries, 4).
+        losses: the query set's loss at each of these, without L2; shape (steps,).
+        support_counts: pixel counts after the last step on support images, as many as there are query images, at
+            most all; shape (images, 4).
+        support_loss: their loss then.
     """
 
     task: str
+    steps: tuple[int, ...]
     counts: Floats
-    counts_before: Floats
-    loss: float
+    losses: Floats
+    support_counts: Floats
+    support_loss: float
+
+    @cached_property
+    def ious(self) -> Floats:
+        """Mean IoU of the query images' objects at each of `steps`, in [0, 1]; shape (steps,)."""
+        means: Floats = iou(self.counts[..., 0], self.counts[..., 1]).mean(axis=1)
+        return means
 
     @property
     def iou(self) -> float:
-        """Mean IoU of the query images' objects, in [0, 1]."""
-        return float(iou(self.counts[:, 0], self.counts[:, 1]).mean())
+        """The same after the last step."""
+        return float(self.ious[-1])
 
     @property
     def iou_before(self) -> float:
         """The same without any inner step; under the policy `support`, batch norm has seen the support set."""
-        return float(iou(self.counts_before[:, 0], self.counts_before[:, 1]).mean())
+        return float(self.ious[0])
+
+    @property
+    def loss(self) -> float:
+        """The query set's loss after the last step."""
+        return float(self.losses[-1])
+
+    @property
+    def support_iou(self) -> float:
+        """Mean IoU of the support images' objects after the last step, in [0, 1]."""
+        return float(iou(self.support_counts[:, 0], self.support_counts[:, 1]).mean())
+
+    def iou_at(self, step: int) -> float:
+        """The IoU at the last of `steps` that is not beyond `step`: what stopped earlier stays as it was."""
+        return float(self.ious[bisect_right(self.steps, step) - 1])
+
+    def steps_to(self, share: float) -> int:
+        """The first of `steps` at which the IoU is at least `share` of the last one's."""
+        return self.steps[int(np.argmax(self.ious >= share * self.iou))]
 
 
 @dataclass(frozen=True)
@@ -84,10 +117,19 @@ class Evaluation:
             tasks.setdefault(score.task, []).append(score)
         return tasks
 
+    def per_task(self, value: Callable[[Score], float]) -> Floats:
+        """Each task's mean of a value over its draws; shape (tasks,)."""
+        return np.array([np.mean([value(score) for score in draws]) for draws in self.by_task.values()])
+
     @property
     def task_ious(self) -> Floats:
         """Each task's IoU, mean over draws and images; shape (tasks,)."""
-        return np.array([np.mean([score.iou for score in draws]) for draws in self.by_task.values()])
+        return self.per_task(lambda score: score.iou)
+
+    @property
+    def task_losses(self) -> Floats:
+        """Each task's loss, likewise."""
+        return self.per_task(lambda score: score.loss)
 
     @property
     def iou(self) -> float:
@@ -97,7 +139,7 @@ class Evaluation:
     @property
     def iou_before(self) -> float:
         """The same before adaptation."""
-        return float(np.mean([np.mean([s.iou_before for s in draws]) for draws in self.by_task.values()]))
+        return float(self.per_task(lambda score: score.iou_before).mean())
 
     @property
     def ci95(self) -> tuple[float, float]:
@@ -105,65 +147,118 @@ class Evaluation:
         return bootstrap_ci95(self.task_ious)
 
     @property
+    def loss(self) -> float:
+        """Mean of the query sets' losses: Err(θ, ω) with ℓ the loss."""
+        return float(self.task_losses.mean())
+
+    @property
+    def within_task(self) -> dict[str, Floats]:
+        """Each task's error on its query minus that on its support, with ℓ = 1 − IoU (`iou`) and the loss (`loss`)."""
+        return {
+            "iou": self.per_task(lambda score: score.support_iou - score.iou),
+            "loss": self.per_task(lambda score: score.loss - score.support_loss),
+        }
+
+    @property
     def miou_class(self) -> float:
         """Class-accumulated mIoU (HSNet and others): Σ∩ / Σ∪ over a class's images, then the mean over classes."""
-        totals = [np.sum([s.counts.sum(0) for s in draws], axis=0) for draws in self.by_task.values()]
+        totals = [np.sum([s.counts[-1].sum(0) for s in draws], axis=0) for draws in self.by_task.values()]
         return float(np.mean([iou(total[0], total[1]) for total in totals]))
 
     @property
     def fb_iou(self) -> float:
         """FB-IoU: Σ∩ / Σ∪ over all images, of the object and of the background, and the mean of the two."""
-        total = np.sum([score.counts.sum(0) for score in self.scores], axis=0)
+        total = np.sum([score.counts[-1].sum(0) for score in self.scores], axis=0)
         return float((iou(total[0], total[1]) + iou(total[2], total[3])) / 2)
 
+    @property
+    def steps(self) -> float:
+        """Mean number of inner steps taken: ω's, or what early stopping chose."""
+        return float(np.mean([score.steps[-1] for score in self.scores]))
+
     def metrics(self) -> dict[str, float]:
-        """The summaries as one level of numbers in [0, 1], for loggers."""
+        """The summaries as one level of numbers, for loggers."""
         low, high = self.ci95
         return {
             "iou": self.iou,
             "iou_low": low,
             "iou_high": high,
+            "loss": self.loss,
             "miou_class": self.miou_class,
             "fb_iou": self.fb_iou,
             "iou_before_adaptation": self.iou_before,
+            "gap_within_task": float(self.within_task["iou"].mean()),
         }
 
     def summary(self) -> dict[str, object]:
-        """The numbers of `results.json`, in [0, 1]."""
+        """The numbers of `results.json`; IoUs in [0, 1], each `ci95` a bootstrap over tasks."""
         return {
             "tasks": len(self.by_task),
             "draws": len(self.scores) // len(self.by_task),
-            "iou": {"mean": self.iou, "ci95": list(self.ci95)},
+            "iou": _estimate(self.task_ious),
+            "loss": _estimate(self.task_losses),
+            "gap_within_task": {name: _estimate(gaps) for name, gaps in self.within_task.items()},
             "miou_class": self.miou_class,
             "fb_iou": self.fb_iou,
             "iou_before_adaptation": self.iou_before,
+            "steps": self.steps,
         }
 
     def rows(self) -> list[dict[str, str | int | float]]:
         """One row an episode."""
-        drawn: dict[str, int] = {}
+        drawn: Counter[str] = Counter()
         rows: list[dict[str, str | int | float]] = []
         for score in self.scores:
-            task = score.task
-            drawn[task] = drawn.get(task, -1) + 1
             rows.append(
                 {
-                    "task": task,
-                    "draw": drawn[task],
+                    "task": score.task,
+                    "draw": drawn[score.task],
                     "iou": score.iou,
                     "iou_before_adaptation": score.iou_before,
                     "loss": score.loss,
+                    "support_iou": score.support_iou,
+                    "support_loss": score.support_loss,
+                    "steps": score.steps[-1],
                 }
             )
+            drawn[score.task] += 1
         return rows
 
     def write_csv(self, path: Path) -> None:
         """Write `rows` as CSV."""
-        rows = self.rows()
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(self.rows(), path)
+
+
+def across_tasks(evaluations: Mapping[Split, Evaluation]) -> dict[str, dict[str, object]]:
+    """The gaps between splits: how much larger the error on the later one's tasks is, from train to val to test.
+
+    Returns:
+        By `train_val`, `val_test` and `train_test`, of those that there are: `iou` (ℓ = 1 − IoU) and `loss`, each with
+        `mean` and `ci95`, a bootstrap over the tasks of both splits.
+    """
+    gaps: dict[str, dict[str, object]] = {}
+    pairs_of_splits: tuple[tuple[Split, Split], ...] = (("train", "val"), ("val", "test"), ("train", "test"))
+    for near, far in pairs_of_splits:
+        a, b = evaluations.get(near), evaluations.get(far)
+        if a and b:
+            pairs = {"iou": (a.task_ious, b.task_ious), "loss": (b.task_losses, a.task_losses)}
+            gaps[f"{near}_{far}"] = {
+                name: {"mean": float(x.mean() - y.mean()), "ci95": list(bootstrap_difference_ci95(x, y))}
+                for name, (x, y) in pairs.items()
+            }
+    return gaps
+
+
+def write_csv(rows: Sequence[Mapping[str, str | int | float]], path: Path) -> None:
+    """Write rows of the same columns as CSV, with a head."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _estimate(task_values: Floats) -> dict[str, object]:
+    return {"mean": float(task_values.mean()), "ci95": list(bootstrap_ci95(task_values))}
 
 
 class Scoring:
@@ -177,6 +272,7 @@ class Scoring:
         episodes: with their mini-batches.
         update: ω.
         engine: computes the steps.
+        rungs: inner steps on the way at which to score, too.
         processes: how many on the CPU, on Linux without a GPU; None takes as many as torch has threads.
         workers: loader processes on CUDA.
     """
@@ -188,11 +284,12 @@ class Scoring:
         update: Update,
         engine: Engine,
         *,
+        rungs: Sequence[int] = (),
         processes: int | None = None,
         workers: int = 0,
     ) -> None:
         self.theta, self.episodes, self.update, self.engine = theta, episodes, update, engine
-        self.processes, self.workers = processes, workers
+        self.rungs, self.processes, self.workers = frozenset(rungs), processes, workers
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -205,9 +302,9 @@ class Scoring:
             return
         loader = iter(episode_loader(self.episodes, self.workers, pin_memory=True))
         while few := [episode for (episode,) in islice(loader, len(lanes))]:
-            score = partial(_adapt_and_predict, self.theta)
-            for episode, parts in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
-                yield _example(episode, *(part.cpu() for part in parts))
+            score = partial(_adapt_and_score, self.theta, self.rungs)
+            for episode, scored in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
+                yield _example(episode, scored)
 
     def _in_processes(self, lanes: Lanes) -> Iterator[Example]:
         processes = min(self.processes or torch.get_num_threads(), len(self))
@@ -215,7 +312,7 @@ class Scoring:
         if processes == 1 or torch.cuda.is_available() or not sys.platform.startswith("linux"):
             processes = 0
         yield from DataLoader(
-            _Scored(self.theta, self.episodes, lanes),
+            _Scored(self.theta, self.episodes, self.rungs, lanes),
             batch_size=None,
             num_workers=processes,
             worker_init_fn=one_thread,
@@ -226,36 +323,61 @@ class Scoring:
 class _Scored(Dataset[Example]):
     """Item i is what episode i scored, computed where it is asked for."""
 
-    def __init__(self, theta: nn.Module, episodes: EvaluationEpisodes, lanes: Lanes) -> None:
-        self.theta, self.episodes, self.lanes = theta, episodes, lanes
+    def __init__(self, theta: nn.Module, episodes: EvaluationEpisodes, rungs: Set[int], lanes: Lanes) -> None:
+        self.theta, self.episodes, self.rungs, self.lanes = theta, episodes, rungs, lanes
 
     def __len__(self) -> int:
         return len(self.episodes)
 
     def __getitem__(self, index: int) -> Example:
         episode = self.episodes[index]
-        (parts,) = self.lanes.map(partial(_adapt_and_predict, self.theta), [episode])
-        return _example(episode, *parts)
+        (scored,) = self.lanes.map(partial(_adapt_and_score, self.theta, self.rungs), [episode])
+        return _example(episode, scored)
 
 
-def _adapt_and_predict(theta: nn.Module, adapt: Adapter, episode: Episode) -> tuple[Tensor, Tensor]:
-    """The query set's object masks before adaptation, and its logits after."""
+class _Measured(NamedTuple):
+    """Of a few images, on the network's device: pixel counts (n, 4), the loss, predicted masks (n, h, w)."""
+
+    counts: Tensor
+    loss: Tensor
+    prediction: Tensor
+
+
+class _Raw(NamedTuple):
+    """What `Score` is made of: the query at each of `steps`, and the support at the end."""
+
+    steps: list[int]
+    query: list[_Measured]
+    support: _Measured
+
+
+def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode: Episode) -> _Raw:
+    def measure(batch: Batch) -> _Measured:
+        logits = adapt.predict(batch.images, episode.support)
+        prediction = logits.argmax(dim=1)
+        return _Measured(counts(prediction, batch.masks), segmentation_loss(logits, batch.masks), prediction)
+
+    batches = adapt.batches(theta, episode)
     adapt.start(theta, episode.seed)
-    before = adapt.predict(episode.query.images, episode.support).argmax(dim=1)
-    for batch in episode.batches:
+    steps, query = [0], [measure(episode.query)]
+    for batch in batches:
         adapt.step(batch)
-    return before, adapt.predict(episode.query.images, episode.support)
+        if adapt.taken in rungs or adapt.taken == len(batches):
+            steps.append(adapt.taken)
+            query.append(measure(episode.query))
+    return _Raw(steps, query, measure(episode.support[: len(episode.query)]))
 
 
-def _example(episode: Episode, before: Tensor, logits: Tensor) -> Example:
-    query, prediction = episode.query, logits.argmax(dim=1)
+def _example(episode: Episode, raw: _Raw) -> Example:
     score = Score(
         task=episode.task,
-        counts=counts(prediction, query.masks).numpy().astype(np.float64),
-        counts_before=counts(before, query.masks).numpy().astype(np.float64),
-        loss=float(segmentation_loss(logits, query.masks)),
+        steps=tuple(raw.steps),
+        counts=torch.stack([m.counts for m in raw.query]).cpu().numpy().astype(np.float64),
+        losses=torch.stack([m.loss for m in raw.query]).cpu().numpy().astype(np.float64),
+        support_counts=raw.support.counts.cpu().numpy().astype(np.float64),
+        support_loss=float(raw.support.loss),
     )
-    return Example(replace(episode, batches=()), prediction, score)
+    return Example(replace(episode, batches=(), rehearsal=None), raw.query[-1].prediction.cpu(), score)
 
 
 def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:

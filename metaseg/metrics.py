@@ -32,6 +32,12 @@ def iou(intersection: ArrayLike, union: ArrayLike) -> Floats:
     return np.asarray((np.asarray(intersection) + EPS) / (np.asarray(union) + EPS), dtype=np.float64)
 
 
+def mean_iou(pixels: Tensor) -> float:
+    """Mean over images of the object's IoU, of the `counts` (n, 4) of a prediction; in [0, 1]."""
+    both, either = pixels[:, 0].double(), pixels[:, 1].double()
+    return float(((both + EPS) / (either + EPS)).mean())
+
+
 def bootstrap_ci95(task_means: ArrayLike, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of the mean under resampling of whole tasks; its random numbers are fixed.
 
@@ -43,4 +49,20 @@ def bootstrap_ci95(task_means: ArrayLike, resamples: int = 10_000) -> tuple[floa
     rng = np.random.default_rng(0)
     samples = means[rng.integers(len(means), size=(resamples, len(means)))].mean(axis=1)
     low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_difference_ci95(first: ArrayLike, second: ArrayLike, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of mean(first) − mean(second) of two groups of tasks, resampled apart.
+
+    Args:
+        first: shape (tasks,).
+        second: shape (other tasks,).
+        resamples: number of bootstrap samples.
+    """
+    rng = np.random.default_rng(0)
+    means = []
+    for values in (np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)):
+        means.append(values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1))
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
     return float(low), float(high)

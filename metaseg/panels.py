@@ -33,7 +33,7 @@ def panel(example: Example) -> Figure:
     support, support_masks = example.episode.support.numpy()
     query, truth = example.episode.query.numpy()
     prediction = example.prediction.numpy()
-    ious = iou(example.score.counts[:, 0], example.score.counts[:, 1])
+    ious = iou(example.score.counts[-1, :, 0], example.score.counts[-1, :, 1])
     rows: list[tuple[str, list[UInt8], list[str]]] = [
         ("support", [overlay(i, m, TRUTH) for i, m in zip(support, support_masks, strict=True)], []),
         ("query", list(query), []),

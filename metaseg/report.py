@@ -16,7 +16,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from metaseg.evaluate import Evaluation
+from metaseg.data.source import SPLITS, Split
+from metaseg.evaluate import Evaluation, across_tasks
 from metaseg.panels import log_to_wandb, write_panels
 
 SCHEMA = 1
@@ -95,48 +96,44 @@ def git_commit() -> str | None:
 
 
 def report(
-    head: Mapping[str, Any],
-    validation: Evaluation | None,
-    test: Evaluation | None,
-    loggers: Sequence[Logger],
-    folder: Path,
+    head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], loggers: Sequence[Logger], folder: Path
 ) -> None:
     """Write results.json, per_task.csv and panels into `folder`, log the numbers, print the table.
 
     Args:
         head: what ran, for the head of results.json.
-        validation: on the validation tasks; None if there are none. One of the two is there.
-        test: on the test tasks; None if they were not touched.
+        evaluations: by split, at least one; the last one's tasks are shown one by one.
         loggers: of the run.
         folder: of the run.
     """
-    evaluations = {"val": validation, "test": test}
-    summaries = {split: e.summary() if e else None for split, e in evaluations.items()}
-    results = {"schema": SCHEMA, **head, "git_commit": git_commit(), **summaries}
+    gaps = across_tasks(evaluations)
+    summaries: dict[str, object] = dict.fromkeys(SPLITS)
+    summaries |= {split: evaluation.summary() for split, evaluation in evaluations.items()}
+    results = {"schema": SCHEMA, **head, "git_commit": git_commit(), **summaries, "gap_across_tasks": gaps}
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
-    split, shown = ("test", test) if test else ("val", validation)
-    assert shown is not None
+    split, shown = list(evaluations.items())[-1]
     shown.write_csv(folder / "per_task.csv")
     write_panels(shown.examples, folder / "panels")
     for logger in loggers:
         for name, evaluation in evaluations.items():
-            if evaluation:
-                metrics = {f"{name}/{key}": value for key, value in evaluation.metrics().items()}
-                logger.log_metrics(metrics, step=head["meta_steps"])
+            prefix = "train_tasks" if name == "train" else name  # train/loss is the inner steps'
+            metrics = {f"{prefix}/{key}": value for key, value in evaluation.metrics().items()}
+            logger.log_metrics(metrics, step=head["meta_steps"])
         if isinstance(logger, WandbLogger):
             log_to_wandb(logger.experiment, shown, split)
     _print_table(head, evaluations, folder)
 
 
-def _print_table(head: Mapping[str, Any], evaluations: Mapping[str, Evaluation | None], folder: Path) -> None:
+def _print_table(head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], folder: Path) -> None:
     title = f"{head['algo']} on {head['dataset']}, {head['shots']} shots, batch norm: {head['batchnorm']}"
-    table = Table("split", "tasks", "IoU", "95 %", "before", "mIoU (class)", "FB-IoU", title=title)
+    headings = "split", "tasks", "IoU", "95 %", "before", "on support", "loss", "mIoU (class)", "FB-IoU"
+    table = Table(*headings, title=title)
     for split, e in evaluations.items():
-        if e:
-            values = (e.iou, *e.ci95, e.iou_before, e.miou_class, e.fb_iou)
-            iou, low, high, *others = (f"{value:.3f}" for value in values)
-            table.add_row(split, str(len(e.by_task)), iou, f"{low} … {high}", *others)
+        on_support = e.iou + e.within_task["iou"].mean()
+        values = (e.iou, *e.ci95, e.iou_before, on_support, e.loss, e.miou_class, e.fb_iou)
+        iou, low, high, *others = (f"{value:.3f}" for value in values)
+        table.add_row(split, str(len(e.by_task)), iou, f"{low} … {high}", *others)
     console = Console()
     console.print(table)
     console.print(f"results.json, per_task.csv, init.safetensors, checkpoints, panels: {folder}", soft_wrap=True)

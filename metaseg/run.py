@@ -6,59 +6,30 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
-from torch import nn
 
-from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
-from metaseg.config import check, check_overrides, config_dir, config_sha256, inner_config, make_update, trains
+from metaseg.config import check_overrides, config_dir
 from metaseg.data.datamodule import EpisodeData
-from metaseg.data.episodes import EvaluationEpisodes, TrainingEpisodes, choose_tasks
-from metaseg.data.source import Split, TaskSource, splits_sha256
+from metaseg.data.episodes import TrainingEpisodes
+from metaseg.data.source import Split
 from metaseg.errors import UserError
-from metaseg.evaluate import Evaluation, Scoring, evaluate
-from metaseg.initialisation import About, check_resumable, load_initialisation, save_initialisation
+from metaseg.evaluate import Evaluation, evaluate
+from metaseg.initialisation import About, load_initialisation, save_initialisation
+from metaseg.job import Job, build, create, describe, device_of, scoring, splits_to_score
 from metaseg.module import MetaModule
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
-from metaseg.seeding import torch_seed
 from metaseg.update import Update
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a configuration asks for, built and checked before anything is written.
-
-    Attributes:
-        config: composed.
-        source: the data set.
-        net: θ's network, as initialised.
-        update: ω, but for the choice of its learning rate.
-        algo: None if there is nothing to train.
-        inner: ω while meta-training; None likewise.
-        engine: how inner steps are computed.
-        about: what is known of θ.
-    """
-
-    config: DictConfig
-    source: TaskSource
-    net: nn.Module
-    update: Update
-    algo: Algorithm | None
-    inner: Update | None
-    engine: Engine
-    about: About
 
 
 def run(config: DictConfig, folder: Path) -> float:
@@ -70,68 +41,34 @@ def run(config: DictConfig, folder: Path) -> float:
     Raises:
         UserError: saying what to change; before anything is written, if it could be known.
     """
-    started = time.perf_counter()
     job = build(config)
     (folder / "results.json").unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
-        about = initialise(job, loggers, folder)
-        save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
-        job.net.to(device_of(config))
-        update, validations, test = score(job)
-        about = replace(about, update={**about.update, "lr": update.lr})
-        head = {
-            "config_sha256": config_sha256(config),
-            "algo": about.algo,
-            "dataset": job.source.name,
-            "splits_sha256": splits_sha256(job.source),
-            "shots": config.evaluate.shots,
-            "update": about.update,
-            "batchnorm": update.batchnorm,
-            "seed": about.seed,
-            "meta_steps": about.meta_steps,
-            "device": device_of(config).type,
-            "engine": plain(config.engine),
-            "wall_s": round(time.perf_counter() - started, 1),
-            "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
-        }
-        save_initialisation(job.net, about, folder / "init.safetensors")
-        report(head, validations.get(update.lr), test, loggers, folder)
+        headline = MODES[config.mode](job, loggers, folder)
         exit_code = 0
     finally:
         close_loggers(loggers, exit_code)
-    headline = test or validations[update.lr]
-    return headline.iou
+    return headline
 
 
-def build(config: DictConfig) -> Job:
-    """Check a configuration, and make what it names."""
-    check(config)
-    source: TaskSource = create(config.dataset)
-    update = make_update(config["update"])
-    for split in splits_to_score(config, source):
-        evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
-    algo = inner = None
-    if trains(config):
-        algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
-        algo.check(source, inner)
-    with torch_seed(config.seed):
-        # a checkpoint brings its weights along: no need for those that training began with
-        weights = {} if config.ckpt_path is None else {"weights": None}
-        net = create(config.model, **weights)
-    about = About(
-        model=plain(config.model),
-        algo=config.algo.name,
-        dataset=source.name,
-        splits_sha256=splits_sha256(source),
-        seed=config.seed,
-        meta_steps=0,
-        update=plain(config["update"]),
-    )
-    if algo and config.ckpt_path is not None:
-        check_resumable(Path(config.ckpt_path), about)
-    return Job(config, source, net, update, algo, inner, create(config.engine), about)
+def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
+    """Bring θ about, estimate its error with ω, report both; returns the headline metric."""
+    started = time.perf_counter()
+    about = initialise(job, loggers, folder)
+    save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
+    job.net.to(device_of(job.config))
+    update, validations, evaluations = score(job)
+    about = replace(about, update={**about.update, "lr": update.lr})
+    save_initialisation(job.net, about, folder / "init.safetensors")
+    head = {
+        **describe(job, about),
+        "wall_s": round(time.perf_counter() - started, 1),
+        "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
+    }
+    report(head, evaluations, loggers, folder)
+    return evaluations["test" if "test" in evaluations else "val"].iou
 
 
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
@@ -184,23 +121,16 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     return Path(best.best_model_path)
 
 
-def splits_to_score(config: DictConfig, source: TaskSource) -> list[Split]:
-    """The splits whose episodes the run needs: test unless mode=fit; val unless it is empty and decides nothing."""
-    needs_val = trains(config) or config.evaluate.lrs or source.names("val")
-    splits: dict[Split, bool] = {"val": bool(needs_val), "test": config.mode != "fit"}
-    return [split for split, needed in splits.items() if needed]
-
-
 def validation_interval(steps: int, validations: int) -> int:
     """Meta-steps from one validation to the next: at most `validations` in all, the last one at the very end."""
     return next(n for n in range(math.ceil(steps / validations), steps + 1) if steps % n == 0)
 
 
-def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]:
-    """Validate each candidate for ω's learning rate, and test the best.
+def score(job: Job) -> tuple[Update, dict[float, Evaluation], dict[Split, Evaluation]]:
+    """Validate each candidate for ω's learning rate, and estimate Err(θ, ω) of the best on all splits.
 
     Returns:
-        ω with the chosen learning rate, the validations by learning rate, and the test (None for mode=fit).
+        ω with the chosen learning rate, the validations by learning rate, and the evaluations by split.
     """
     config = job.config
 
@@ -214,50 +144,15 @@ def score(job: Job) -> tuple[Update, dict[float, Evaluation], Evaluation | None]
     chosen = candidates[0]
     if validations:
         chosen = max(candidates, key=lambda candidate: validations[candidate.lr].iou)
-    return chosen, validations, on("test", chosen) if "test" in splits else None
+    done = {split: validations[chosen.lr] if split == "val" else on(split, chosen) for split in splits}
+    return chosen, validations, done
 
 
-def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, update: Update) -> EvaluationEpisodes:
-    """The split's fixed episodes."""
-    e = config.evaluate
-    tasks = choose_tasks(source, split, e.val_tasks if split == "val" else e.test_tasks, e.seed)
-    return EvaluationEpisodes(
-        source, split, tasks, update, shots=e.shots, queries=e.queries, draws=e.draws, seed=e.seed
-    )
-
-
-def scoring(job: Job, split: Split, update: Update) -> Scoring:
-    """The evaluation of θ on a split by ω, yet to be iterated over."""
-    config = job.config
-    return Scoring(
-        job.net,
-        evaluation_episodes(config, job.source, split, update),
-        update,
-        job.engine,
-        processes=config.evaluate.processes,
-        workers=config.workers,
-    )
-
-
-def device_of(config: DictConfig) -> torch.device:
-    """Where the trainer would put the network."""
-    wants = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
-
-
-def create(config: DictConfig, **more: Any) -> Any:
-    """Instantiate, raising what the constructor raised instead of Hydra's wrapping of it."""
-    try:
-        return instantiate(config, **more)
-    except InstantiationException as error:
-        raise error.__cause__ or error from None
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration in plain containers."""
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {
+    "fit_test": train_and_test,
+    "fit": train_and_test,
+    "test": train_and_test,
+}
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")

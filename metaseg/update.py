@@ -1,8 +1,8 @@
 """The update procedure ω: everything that says how an initialisation is adapted to a support set."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaseg.data.augment import augment
-from metaseg.episode import Batch
+from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError, DataError
+from metaseg.seeding import derive_seed, generator
 
 BatchNormPolicy = Literal["running", "support", "batch"]
 Part = Literal["all", "decoder", "head", "batchnorm"]
@@ -62,13 +63,40 @@ class Step:
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """Stop where a held-out share of the support is segmented best, then adapt afresh to all of it (*orig*).
+
+    Attributes:
+        share: of the support that is held out, in (0, 1).
+        patience: inner steps without a higher IoU after which the search ends, ≥ 1.
+        every: inner steps from one score to the next, ≥ 1; the original scores each.
+        least: shots below which nothing is held out and ω takes all of its steps, ≥ 2.
+    """
+
+    share: float = 0.2
+    patience: int = 50
+    every: int = 5
+    least: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        rules: dict[str, tuple[bool, str]] = {
+            "share": (0 < self.share < 1, "a share of the support, above 0 and below 1"),
+            "patience": (self.patience >= 1, "1 or more steps"),
+            "every": (self.every >= 1, "1 or more steps"),
+            "least": (self.least >= 2, "2 or more shots: one to adapt to, one to hold out"),
+        }
+        _refuse("update.stopping", self, rules)
+
+
+@dataclass(frozen=True)
 class Update:
     """ω. What generalises to new tasks is the pair (θ, ω).
 
     Attributes:
         optimizer: makes a torch optimizer of parameter groups; a fresh one for each adaptation.
         lr: learning rate, > 0.
-        steps: inner steps, ≥ 1.
+        steps: inner steps, ≥ 1; with `stopping`, at most.
         batch_size: images in a mini-batch; more than there are shots makes images repeat.
         schedule: the learning rate's course.
         weight_decay: L2 factor on weights and biases except batch norm's.
@@ -78,6 +106,7 @@ class Update:
             `support`, re-estimated on the support set after the last step; `batch`, those of the query images, all
             predicted together (transductive). The inner steps themselves always use their mini-batch's.
         adapts: which parameters move: all, the decoder (with the head), the head, or batch norm's scales and offsets.
+        stopping: how the number of steps is chosen for each support set; None takes all, and so does meta-training.
     """
 
     optimizer: Callable[..., Optimizer]
@@ -90,6 +119,7 @@ class Update:
     augment: float = 0.5
     batchnorm: BatchNormPolicy = "support"
     adapts: Part = "all"
+    stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -103,9 +133,22 @@ class Update:
             "batchnorm": (self.batchnorm in get_args(BatchNormPolicy), f"one of {get_args(BatchNormPolicy)}"),
             "adapts": (self.adapts in get_args(Part), f"one of {get_args(Part)}"),
         }
-        for name, (holds, cure) in rules.items():
-            if not holds:
-                raise ConfigError(f"update.{name}={getattr(self, name)}: give {cure}")
+        _refuse("update", self, rules)
+
+    def prepare(self, episode: Episode, *key: int | str) -> Episode:
+        """The episode with what the inner steps see, drawn by a generator of `key`.
+
+        Under early stopping and with shots enough, `rehearsal` is the part of the support that is not held out,
+        with its own mini-batches, and what is held out as its query.
+        """
+        batches = self.minibatches(episode.support, generator(*key, "batches"))
+        shots, rehearsal = len(episode.support), None
+        if self.stopping is not None and shots >= self.stopping.least:
+            kept = shots - min(max(1, round(self.stopping.share * shots)), shots - 1)
+            fit, held_out = episode.support[:kept], episode.support[kept:]
+            seen = self.minibatches(fit, generator(*key, "rehearsal"))
+            rehearsal = Episode(episode.task, derive_seed(*key, "rehearsal"), fit, held_out, seen)
+        return replace(episode, batches=batches, rehearsal=rehearsal)
 
     def minibatches(self, support: Batch, rng: np.random.Generator) -> tuple[Batch, ...]:
         """Draw the mini-batches of one adaptation: `steps` of `batch_size`, shuffled and augmented.
@@ -148,6 +191,13 @@ class Update:
 def batchnorm_parameters(net: nn.Module) -> list[nn.Parameter]:
     """Scales and offsets of all batch norms."""
     return [p for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)]
+
+
+def _refuse(node: str, values: object, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise ConfigError for the first of the fields whose rule does not hold, with its cure."""
+    for name, (holds, cure) in rules.items():
+        if not holds:
+            raise ConfigError(f"{node}.{name}={getattr(values, name)}: give {cure}")
 
 
 def _rounds(n: int, rng: np.random.Generator) -> Iterator[int]:

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from metaseg.adapt import Adapter
 from metaseg.engine import Fast, Reference
 from metaseg.episode import Batch, Episode
-from metaseg.update import Cosine, Update
+from metaseg.update import Cosine, EarlyStopping, Update
 
 OMEGA = Update(partial(SGD), lr=0.1, steps=4, batch_size=4, dropout=0.5, augment=0.0, batchnorm="support")
 
@@ -145,3 +145,49 @@ def test_prediction_has_no_dropout(net: Net, engine: type[Adapter]) -> None:
         adapt = started(engine(net, replace(OMEGA, batchnorm=policy, dropout=0.9)), net)
         first = adapt.predict(query.images, data(1, 4))
         assert torch.equal(adapt.predict(query.images, data(1, 4)), first)
+
+
+# Early stopping
+
+
+class Foretold(Reference):
+    """Predicts what gives `ious` on square masks, one score after another."""
+
+    ious: tuple[float, ...] = ()
+
+    def predict(self, images: torch.Tensor, support: Batch) -> torch.Tensor:
+        self.scored.append(self.taken)
+        rows = round(100 * self.ious[len(self.scored) - 1])
+        logits = torch.zeros(len(images), 2, 100, 1)
+        logits[:, 1, :rows], logits[:, 0, rows:] = 1.0, 1.0
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("ious", "scored", "chosen"),
+    [
+        ((0.2, 0.5, 0.5, 0.4), [2, 4, 6, 8], 4),  # an equal one is no better; patience ends it at 8
+        ((0.1, 0.2, 0.3, 0.4, 0.5), [2, 4, 6, 8, 9], 9),  # the last step is scored, whatever `every`
+        ((0.9, 0.1, 0.1, 0.1, 0.1), [2, 4, 6], 2),
+        ((0.0, 0.0, 0.0), [2, 4, 6], 2),  # at least the first
+    ],
+)
+def test_early_stopping_takes_as_many_steps_as_served_the_held_out_best(
+    net: Net, ious: tuple[float, ...], scored: list[int], chosen: int
+) -> None:
+    full = Batch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 100, 1, dtype=torch.uint8))
+    batches = tuple(data(10 + i, 4) for i in range(9))
+    rehearsal = replace(episode(), batches=batches, query=full)
+    one = replace(episode(), batches=tuple(data(30 + i, 4) for i in range(9)), rehearsal=rehearsal)
+    adapt = Foretold(net, replace(OMEGA, steps=9, stopping=EarlyStopping(patience=4, every=2, least=2)))
+    adapt.ious, adapt.scored = ious, []
+    phi = adapted(adapt, net, one)
+    assert adapt.scored == scored
+    assert adapt.taken == chosen
+    plain = Reference(net, replace(OMEGA, steps=9))
+    assert torch.equal(adapted(plain, net, replace(one, batches=one.batches[:chosen], rehearsal=None)), phi)
+
+
+def test_meta_training_and_unstopped_updates_know_no_rehearsal(net: Net, engine: type[Adapter]) -> None:
+    one = replace(episode(), rehearsal=episode(seed=9))
+    assert engine(net, OMEGA).batches(net, one) == one.batches

@@ -65,12 +65,17 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     assert (found["schema"], found["algo"], found["dataset"], found["shots"]) == (1, "fomaml_star", "folder", 5)
     assert (found["meta_steps"], found["seed"], found["device"], found["batchnorm"]) == (2, 0, "cpu", "support")
     assert len(found["splits_sha256"]) == 64
-    for split in ("val", "test"):
+    numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps"}
+    for split in ("train", "val", "test"):
         part = found[split]
-        assert part.keys() == {"tasks", "draws", "iou", "miou_class", "fb_iou", "iou_before_adaptation"}
-        assert (part["tasks"], part["draws"]) == (2, 2)
+        assert part.keys() == numbers | {"gap_within_task"}
+        assert (part["tasks"], part["draws"], part["steps"]) == (2, 2, 2)
         low, high = part["iou"]["ci95"]
         assert 0 <= low <= part["iou"]["mean"] <= high <= 1
+    for near, far in (("train", "val"), ("val", "test"), ("train", "test")):
+        gap = found["gap_across_tasks"][f"{near}_{far}"]
+        assert gap["iou"]["mean"] == pytest.approx(found[near]["iou"]["mean"] - found[far]["iou"]["mean"])
+        assert gap["loss"]["mean"] == pytest.approx(found[far]["loss"]["mean"] - found[near]["loss"]["mean"])
     assert headline == found["test"]["iou"]["mean"]
 
 

@@ -13,7 +13,7 @@ from metaseg.engine import Reference
 from metaseg.engine.flat import ordered_parameters
 from metaseg.episode import Batch, Episode
 from metaseg.models import EfficientLab
-from metaseg.update import Constant, Cosine, Schedule, Step, Update, batchnorm_parameters
+from metaseg.update import Constant, Cosine, EarlyStopping, Schedule, Step, Update, batchnorm_parameters
 
 
 def update(**changes: Any) -> Update:
@@ -233,3 +233,44 @@ def test_only_the_selected_part_moves(net: EfficientLab, part: Any) -> None:
 def test_a_step_schedule_that_never_passes_is_refused(every: float) -> None:
     with pytest.raises(ValueError, match="update.schedule.every"):
         Step(every=every)
+
+
+# Early stopping
+
+
+def prepared(shots: int, **stopping: Any) -> Episode:
+    omega = update(steps=6, batch_size=4, stopping=EarlyStopping(**stopping))
+    return omega.prepare(Episode("a task", 1, support(shots), support(2)), 0, "test", "a task", 0)
+
+
+def test_a_rehearsal_holds_out_a_share_of_the_support_and_never_learns_from_it() -> None:
+    episode = prepared(20, share=0.2)
+    rehearsal = episode.rehearsal
+    assert rehearsal is not None
+    fit, held_out = numbers(rehearsal.support), numbers(rehearsal.query)
+    assert sorted(fit + held_out) == list(range(20))
+    assert len(held_out) == 4
+    assert {n for batch in rehearsal.batches for n in numbers(batch)} == set(fit)
+    assert len(rehearsal.batches) == len(episode.batches) == 6
+    assert {n for batch in episode.batches for n in numbers(batch)} == set(range(20))
+
+
+@pytest.mark.parametrize(("shots", "share", "held_out"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.2, 2), (11, 0.99, 10)])
+def test_something_is_held_out_and_something_kept(shots: int, share: float, held_out: int) -> None:
+    rehearsal = prepared(shots, share=share, least=2).rehearsal
+    assert rehearsal is not None
+    assert len(rehearsal.query) == held_out
+
+
+def test_too_few_shots_rehearse_nothing_and_see_the_same_mini_batches() -> None:
+    episode, plain = prepared(9), update(steps=6, batch_size=4)
+    assert episode.rehearsal is None
+    same = plain.prepare(Episode("a task", 1, support(9), support(2)), 0, "test", "a task", 0)
+    assert [numbers(batch) for batch in same.batches] == [numbers(batch) for batch in episode.batches]
+
+
+@pytest.mark.parametrize("field", [{"share": 0.0}, {"share": 1.0}, {"patience": 0}, {"every": 0}, {"least": 1}])
+def test_impossible_stopping_is_refused(field: dict[str, Any]) -> None:
+    (name,) = field
+    with pytest.raises(ValueError, match=f"update.stopping.{name}={field[name]}: give"):
+        EarlyStopping(**field)

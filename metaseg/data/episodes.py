@@ -1,7 +1,6 @@
 """Episodes as a pure function of (seed, split, index): any loader worker draws the same ones, in any order."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -52,7 +51,9 @@ def choose_tasks(source: TaskSource, split: Split, number: int | None, seed: int
 
 
 class EvaluationEpisodes(Dataset[Episode]):
-    """The same episodes for every method: (seed, split, task, draw) says which images, and ω changes only `batches`.
+    """The same episodes for every method: (seed, split, task, draw) says which images.
+
+    ω decides what is made of the support, and nothing else.
 
     Item i is draw i // len(tasks) of task i % len(tasks).
 
@@ -98,7 +99,7 @@ class EvaluationEpisodes(Dataset[Episode]):
         task = self.tasks[number]
         key = (self.seed, self.split, task, draw)
         episode = sample_episode(self.source, task, self.shots, self.queries, derive_seed(*key), generator(*key))
-        return replace(episode, batches=self.update.minibatches(episode.support, generator(*key, "batches")))
+        return self.update.prepare(episode, *key)
 
 
 class TrainingEpisodes(Dataset[Episode]):

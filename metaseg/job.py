@@ -1,0 +1,152 @@
+"""What a configuration asks for, built and checked before any work begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metaseg.adapt import Engine
+from metaseg.algos import Algorithm
+from metaseg.config import check, config_sha256, inner_config, make_update, trains
+from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
+from metaseg.data.source import Split, TaskSource, splits_sha256
+from metaseg.evaluate import Scoring
+from metaseg.initialisation import About, check_resumable
+from metaseg.seeding import torch_seed
+from metaseg.update import Update
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration asks for, built and checked before anything is written.
+
+    Attributes:
+        config: composed.
+        source: the data set.
+        net: θ's network, as initialised.
+        update: ω, but for the choice of its learning rate.
+        algo: None if there is nothing to train.
+        inner: ω while meta-training; None likewise.
+        engine: how inner steps are computed.
+        about: what is known of θ.
+    """
+
+    config: DictConfig
+    source: TaskSource
+    net: nn.Module
+    update: Update
+    algo: Algorithm | None
+    inner: Update | None
+    engine: Engine
+    about: About
+
+
+def build(config: DictConfig) -> Job:
+    """Check a configuration, and make what it names."""
+    check(config)
+    source: TaskSource = create(config.dataset)
+    update = make_update(config["update"])
+    for split in splits_to_score(config, source):
+        evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
+    algo = inner = None
+    if trains(config):
+        algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
+        algo.check(source, inner)
+    with torch_seed(config.seed):
+        # a checkpoint brings its weights along: no need for those that training began with
+        weights = {} if config.ckpt_path is None else {"weights": None}
+        net = create(config.model, **weights)
+    about = About(
+        model=plain(config.model),
+        algo=config.algo.name,
+        dataset=source.name,
+        splits_sha256=splits_sha256(source),
+        seed=config.seed,
+        meta_steps=0,
+        update=plain(config["update"]),
+    )
+    if algo and config.ckpt_path is not None:
+        check_resumable(Path(config.ckpt_path), about)
+    return Job(config, source, net, update, algo, inner, create(config.engine), about)
+
+
+def splits_to_score(config: DictConfig, source: TaskSource) -> list[Split]:
+    """The splits whose error the run estimates.
+
+    Train if θ learned from tasks, and there are such; val unless it is empty and decides nothing; test unless mode=fit.
+    """
+    wanted = config.algo.method is not None and config.evaluate.train_tasks != 0
+    learned = wanted and source.names("train")
+    needs_val = trains(config) or config.evaluate.lrs or source.names("val")
+    splits: dict[Split, bool] = {"train": bool(learned), "val": bool(needs_val), "test": config.mode != "fit"}
+    return [split for split, needed in splits.items() if needed]
+
+
+def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, update: Update) -> EvaluationEpisodes:
+    """The split's fixed episodes."""
+    e = config.evaluate
+    tasks = choose_tasks(source, split, e[f"{split}_tasks"], e.seed)
+    return EvaluationEpisodes(
+        source, split, tasks, update, shots=e.shots, queries=e.queries, draws=e.draws, seed=e.seed
+    )
+
+
+def scoring(job: Job, split: Split, update: Update, rungs: Sequence[int] = ()) -> Scoring:
+    """The evaluation of θ on a split by ω, yet to be iterated over; scored at `rungs` on the way, too."""
+    config = job.config
+    return Scoring(
+        job.net,
+        evaluation_episodes(config, job.source, split, update),
+        update,
+        job.engine,
+        rungs=rungs,
+        processes=config.evaluate.processes,
+        workers=config.workers,
+    )
+
+
+def describe(job: Job, about: About) -> dict[str, Any]:
+    """What ran on what, for the head of results.json."""
+    config, e = job.config, job.config.evaluate
+    return {
+        "config_sha256": config_sha256(config),
+        "mode": config.mode,
+        "algo": about.algo,
+        "dataset": job.source.name,
+        "splits_sha256": about.splits_sha256,
+        "episodes": {"seed": e.seed, "queries": e.queries, "draws": e.draws, "image_size": job.source.image_size},
+        "shots": e.shots,
+        "update": about.update,
+        "batchnorm": about.update["batchnorm"],
+        "seed": about.seed,
+        "meta_steps": about.meta_steps,
+        "device": device_of(config).type,
+        "engine": plain(config.engine),
+    }
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Where the trainer would put the network."""
+    wants = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
+
+
+def create(config: DictConfig, **more: Any) -> Any:
+    """Instantiate, raising what the constructor raised instead of Hydra's wrapping of it."""
+    try:
+        return instantiate(config, **more)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration in plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
