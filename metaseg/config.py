@@ -20,6 +20,7 @@ from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
 from metaseg.update import Update
 
+MODES = ("fit_test", "fit", "test", "uho")
 _NUMBERS = ("lr", "steps", "batch_size", "weight_decay", "dropout", "augment")  # of an update procedure
 
 
@@ -53,6 +54,35 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}? To add a new key: +{key}=…")
 
 
+def expand_update(arguments: Sequence[str]) -> list[str]:
+    """Replace `update=PATH` of a YAML file, such as UHO leaves, by an override for each of its values.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds no update procedure.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        path = Path(argument.removeprefix("update=")).expanduser()
+        if not argument.startswith("update=") or path.suffix not in (".yaml", ".yml"):
+            expanded.append(argument)
+            continue
+        if not path.is_file():
+            raise ConfigError(f"{argument}: there is no such file; to choose a preset give its name without .yaml")
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict) or "optimizer" not in values:
+            raise ConfigError(f"{argument} holds no update procedure; mode=uho writes one, update.yaml")
+        expanded += [f"++update.{key}={json.dumps(value)}" for key, value in _leaves(values)]
+    return expanded
+
+
+def _leaves(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def inner_config(config: DictConfig) -> DictConfig:
     """ω while meta-training: `update`, with what `algo.inner` says instead, key by key."""
     # shallow on purpose: another optimizer replaces the whole node, arguments included
@@ -83,8 +113,9 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
 
 def config_sha256(config: DictConfig) -> str:
     """SHA-256 (hex) of what decides a run's numbers: two runs of one hash and one commit agree."""
-    keys = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
+    keys: tuple[str, ...] = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
     container: Any = OmegaConf.to_container(config, resolve=True)
+    keys += ("uho",) if config.mode == "uho" else ()
     plain = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         plain["dataset"].pop(key, None)
@@ -93,7 +124,7 @@ def config_sha256(config: DictConfig) -> str:
 
 def trains(config: DictConfig) -> bool:
     """Whether the run meta-trains."""
-    return config.mode != "test" and config.algo.method is not None
+    return config.mode in ("fit_test", "fit") and config.algo.method is not None
 
 
 def check(config: DictConfig) -> None:
@@ -119,11 +150,11 @@ def check(config: DictConfig) -> None:
 def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     mode, path, evaluation = config.mode, config.ckpt_path, config.evaluate
     learns = config.algo.method is not None
-    yield mode not in ("fit_test", "fit", "test"), f"mode={mode}: choose fit_test, fit or test"
+    yield mode not in MODES, f"mode={mode}: choose {', '.join(MODES)}"
     yield mode == "fit" and not learns, f"algo={config.algo.name} has nothing to fit: use mode=fit_test or mode=test"
     yield (
-        mode == "test" and learns and path is None,
-        f"mode=test of algo={config.algo.name} needs ckpt_path=PATH of a .ckpt or init.safetensors; for the ImageNet "
+        mode in ("test", "uho") and learns and path is None,
+        f"mode={mode} of algo={config.algo.name} needs ckpt_path=PATH of a .ckpt or init.safetensors; for the ImageNet "
         "initialisation itself use algo=finetune",
     )
     yield path is not None and not Path(str(path)).is_file(), f"ckpt_path={path}: there is no such file"
@@ -133,7 +164,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         f"weights use model.weights={path}",
     )
     yield (
-        mode != "test" and not learns and path is not None,
+        mode in ("fit_test", "fit") and not learns and path is not None,
         f"algo={config.algo.name} trains nothing, so ckpt_path has no use: to test it, add mode=test",
     )
     size = config.dataset.get("image_size")
@@ -154,6 +185,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         not (lrs is None or usable),
         f"evaluate.lrs={lrs}: give a list of numbers above 0, as [0.02,0.05], or null to test update.lr",
     )
+    yield from _uho_rules(config)
     every = config.checkpoint_every
     yield every < 1, f"checkpoint_every={every}: give 1 or more meta-steps"
     yield config.workers < 0, f"workers={config.workers}: give 0 or more"
@@ -179,6 +211,25 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         config.trainer.devices != 1,
         f"trainer.devices={config.trainer.devices}: one process for now, trainer.devices=1",
     )
+
+
+def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
+    uho, update, searches = config.uho, config["update"], config.mode == "uho"
+    steps = uho.steps
+    usable = OmegaConf.is_list(steps) and len(steps) and all(isinstance(n, int) and n >= 1 for n in steps)
+    yield not usable or list(steps) != sorted(set(steps)), f"uho.steps={steps}: give ascending steps from 1, as [10,30]"
+    for name in ("trials", "random"):
+        yield uho[name] < 1, f"uho.{name}={uho[name]}: give 1 or more"
+    yield (
+        searches and config.evaluate.lrs is not None,
+        f"evaluate.lrs={config.evaluate.lrs}: mode=uho searches the learning rate itself, so leave it null",
+    )
+    yield (
+        searches and update.schedule["_target_"] != "metaseg.update.Constant",
+        "mode=uho scores an adaptation on its way as if it ended there, which a schedule over all steps forbids: "
+        "use update.schedule._target_=metaseg.update.Constant",
+    )
+    yield searches and update.stopping is not None, "mode=uho chooses the steps itself: leave update.stopping null"
 
 
 def _first_value(override: Override) -> Any:

@@ -1,7 +1,9 @@
 """What a configuration asks for, built and checked before any work begins."""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from metaseg.config import check, config_sha256, inner_config, make_update, trai
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import Split, TaskSource, splits_sha256
 from metaseg.evaluate import Scoring
-from metaseg.initialisation import About, check_resumable
+from metaseg.initialisation import About, check_resumable, load_initialisation
 from metaseg.seeding import torch_seed
 from metaseg.update import Update
 
@@ -76,14 +78,23 @@ def build(config: DictConfig) -> Job:
     return Job(config, source, net, update, algo, inner, create(config.engine), about)
 
 
+def load(job: Job) -> About:
+    """Bring the weights of `ckpt_path` into `job.net`, if there is one; returns what is known of θ."""
+    if job.config.ckpt_path is None:
+        return job.about
+    about = load_initialisation(job.net, Path(job.config.ckpt_path), job.about.model)
+    return replace(about, update=job.about.update)
+
+
 def splits_to_score(config: DictConfig, source: TaskSource) -> list[Split]:
     """The splits whose error the run estimates.
 
-    Train if θ learned from tasks, and there are such; val unless it is empty and decides nothing; test unless mode=fit.
+    Train if θ learned from tasks that there are, and ω is not searched; val unless it is empty and decides nothing;
+    test unless mode=fit.
     """
-    wanted = config.algo.method is not None and config.evaluate.train_tasks != 0
+    wanted = config.algo.method is not None and config.evaluate.train_tasks != 0 and config.mode != "uho"
     learned = wanted and source.names("train")
-    needs_val = trains(config) or config.evaluate.lrs or source.names("val")
+    needs_val = trains(config) or config.evaluate.lrs or config.mode == "uho" or source.names("val")
     splits: dict[Split, bool] = {"train": bool(learned), "val": bool(needs_val), "test": config.mode != "fit"}
     return [split for split, needed in splits.items() if needed]
 
@@ -129,6 +140,25 @@ def describe(job: Job, about: About) -> dict[str, Any]:
         "device": device_of(config).type,
         "engine": plain(config.engine),
     }
+
+
+def fingerprint(job: Job, mode: str) -> str:
+    """SHA-256 (hex) of what decides the numbers of a search: θ itself, tasks and episodes, ω, and the mode's settings.
+
+    Not of how long it shall go on, nor of where it is kept.
+    """
+    config = plain(job.config)
+    keys = ("dataset", "update", "evaluate")
+    settings = {key: value for key, value in config[mode].items() if key not in ("trials", "storage")}
+    named = {key: config[key] for key in keys} | {mode: settings, "splits": job.about.splits_sha256}
+    for key in ("cache_dir", "workers", "root"):
+        named["dataset"].pop(key, None)
+    for key in ("processes", "panels", "test_tasks", "train_tasks"):
+        named["evaluate"].pop(key, None)
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
+    for name, tensor in sorted(job.net.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device_of(config: DictConfig) -> torch.device:

@@ -19,16 +19,17 @@ from pytorch_lightning.loggers import Logger
 
 from metaseg.algos import Algorithm
 from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
-from metaseg.config import check_overrides, config_dir
+from metaseg.config import check_overrides, config_dir, expand_update
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
 from metaseg.data.source import Split
 from metaseg.errors import UserError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
-from metaseg.job import Job, build, create, describe, device_of, scoring, splits_to_score
+from metaseg.job import Job, build, create, describe, device_of, load, scoring, splits_to_score
 from metaseg.module import MetaModule
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
+from metaseg.uho import uho
 from metaseg.update import Update
 
 
@@ -75,10 +76,7 @@ def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
     """Bring θ into `job.net`: meta-train it, or load it, or leave it as it is; returns what is known of it then."""
     if job.algo and job.inner:
         return load_initialisation(job.net, fit(job, job.algo, job.inner, loggers, folder), job.about.model)
-    if job.config.ckpt_path is not None:
-        about = load_initialisation(job.net, Path(job.config.ckpt_path), job.about.model)
-        return replace(about, update=job.about.update)
-    return job.about
+    return load(job)
 
 
 def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path) -> Path:
@@ -152,6 +150,7 @@ MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {
     "fit_test": train_and_test,
     "fit": train_and_test,
     "test": train_and_test,
+    "uho": uho,
 }
 
 
@@ -171,6 +170,7 @@ def launch(hydra_main: Callable[[], Any]) -> None:
     """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come out of Hydra as they are
     try:
+        sys.argv[1:] = expand_update(sys.argv[1:])
         check_overrides(sys.argv[1:])
         hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
