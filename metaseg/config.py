@@ -20,7 +20,7 @@ from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
 from metaseg.update import Update
 
-MODES = ("fit_test", "fit", "test", "uho")
+MODES = ("fit_test", "fit", "test", "uho", "curves")
 _NUMBERS = ("lr", "steps", "batch_size", "weight_decay", "dropout", "augment")  # of an update procedure
 
 
@@ -115,7 +115,7 @@ def config_sha256(config: DictConfig) -> str:
     """SHA-256 (hex) of what decides a run's numbers: two runs of one hash and one commit agree."""
     keys: tuple[str, ...] = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
     container: Any = OmegaConf.to_container(config, resolve=True)
-    keys += ("uho",) if config.mode == "uho" else ()
+    keys += (config.mode,) if config.mode in ("uho", "curves") else ()
     plain = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         plain["dataset"].pop(key, None)
@@ -186,6 +186,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         f"evaluate.lrs={lrs}: give a list of numbers above 0, as [0.02,0.05], or null to test update.lr",
     )
     yield from _uho_rules(config)
+    yield from _curves_rules(config)
     every = config.checkpoint_every
     yield every < 1, f"checkpoint_every={every}: give 1 or more meta-steps"
     yield config.workers < 0, f"workers={config.workers}: give 0 or more"
@@ -215,9 +216,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
 
 def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     uho, update, searches = config.uho, config["update"], config.mode == "uho"
-    steps = uho.steps
-    usable = OmegaConf.is_list(steps) and len(steps) and all(isinstance(n, int) and n >= 1 for n in steps)
-    yield not usable or list(steps) != sorted(set(steps)), f"uho.steps={steps}: give ascending steps from 1, as [10,30]"
+    yield not _ascending(uho.steps), f"uho.steps={uho.steps}: give ascending steps from 1, as [10,30]"
     for name in ("trials", "random"):
         yield uho[name] < 1, f"uho.{name}={uho[name]}: give 1 or more"
     yield (
@@ -230,6 +229,39 @@ def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         "use update.schedule._target_=metaseg.update.Constant",
     )
     yield searches and update.stopping is not None, "mode=uho chooses the steps itself: leave update.stopping null"
+
+
+def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
+    curves, draws_them = config.curves, config.mode == "curves"
+    for name in ("k", "steps"):
+        yield not _ascending(curves[name]), f"curves.{name}={curves[name]}: give ascending numbers from 1, as [1,5,10]"
+    for name in ("queries", "draws"):
+        yield curves[name] < 1, f"curves.{name}={curves[name]}: give 1 or more"
+    yield (
+        curves.tasks is not None and curves.tasks < 1,
+        f"curves.tasks={curves.tasks}: give 1 or more, or null for all tasks",
+    )
+    yield (
+        draws_them and not curves.inits,
+        "mode=curves compares initialisations: name them, as "
+        "curves.inits={reptile:RUN/init.safetensors,imagenet:imagenet}",
+    )
+    for name, path in curves.inits.items() if draws_them else ():
+        yield (
+            path not in ("imagenet", "random") and not Path(str(path)).is_file(),
+            f"curves.inits.{name}={path}: there is no such file; give an init.safetensors, imagenet or random",
+        )
+    yield (
+        draws_them and (config.ckpt_path is not None or config.evaluate.lrs is not None),
+        "mode=curves takes its initialisations from curves.inits, and their learning rates from these files: leave "
+        "ckpt_path and evaluate.lrs null",
+    )
+
+
+def _ascending(numbers: Any) -> bool:
+    """Whether it is a list of whole numbers from 1 on, each larger than the one before."""
+    whole = OmegaConf.is_list(numbers) and len(numbers) > 0 and all(isinstance(n, int) and n >= 1 for n in numbers)
+    return whole and list(numbers) == sorted(set(numbers))
 
 
 def _first_value(override: Override) -> Any:

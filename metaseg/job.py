@@ -61,8 +61,8 @@ def build(config: DictConfig) -> Job:
         algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
         algo.check(source, inner)
     with torch_seed(config.seed):
-        # a checkpoint brings its weights along: no need for those that training began with
-        weights = {} if config.ckpt_path is None else {"weights": None}
+        # a checkpoint brings its weights along, and curves theirs: no need for those that training began with
+        weights = {} if config.ckpt_path is None and config.mode != "curves" else {"weights": None}
         net = create(config.model, **weights)
     about = About(
         model=plain(config.model),
@@ -92,6 +92,8 @@ def splits_to_score(config: DictConfig, source: TaskSource) -> list[Split]:
     Train if θ learned from tasks that there are, and ω is not searched; val unless it is empty and decides nothing;
     test unless mode=fit.
     """
+    if config.mode == "curves":
+        return []  # it has episodes of its own
     wanted = config.algo.method is not None and config.evaluate.train_tasks != 0 and config.mode != "uho"
     learned = wanted and source.names("train")
     needs_val = trains(config) or config.evaluate.lrs or config.mode == "uho" or source.names("val")

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import Logger
 from metaseg.algos import Algorithm
 from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
 from metaseg.config import check_overrides, config_dir, expand_update
+from metaseg.curves import curves
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
 from metaseg.data.source import Split
@@ -151,6 +152,7 @@ MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {
     "fit": train_and_test,
     "test": train_and_test,
     "uho": uho,
+    "curves": curves,
 }
 
 

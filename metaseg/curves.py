@@ -1,0 +1,142 @@
+"""Many-shot learning curves: IoU, and inner steps to 95 % of it, against the number of shots (arXiv 1912.06290, FP-k).
+
+Every initialisation meets the same query images, and supports of which the larger contain the smaller.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
+from metaseg.evaluate import Evaluation, Scoring, evaluate, write_csv
+from metaseg.initialisation import load_initialisation
+from metaseg.job import Job, create, describe, device_of
+from metaseg.metrics import bootstrap_ci95
+from metaseg.report import git_commit
+from metaseg.seeding import torch_seed
+from metaseg.update import Update
+
+SHARE = 0.95  # of the final IoU, for the steps to reach it
+NAMED = {"imagenet": "imagenet", "random": None}  # initialisations without a file: `weights` of the network
+
+Row = dict[str, str | int | float]
+
+
+def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
+    """Score all initialisations at all shots; returns the first one's mean IoU at the most shots, in [0, 1].
+
+    Leaves curves.csv (a row an episode), summary.csv (a row an initialisation and number of shots), curves.png and
+    results.json.
+    """
+    started = time.perf_counter()
+    settings = job.config.curves
+    # all are read, and the most shots asked for, before any work: a mistake shall not cost an afternoon
+    inits = {name: initialisation(job, str(path)) for name, path in settings.inits.items()}
+    episodes(job, job.update, max(settings.k))
+    rows: list[Row] = []
+    summary: list[Row] = []
+    for name, (net, update) in inits.items():
+        net.to(device_of(job.config))
+        for k in settings.k:
+            scoring = Scoring(
+                net,
+                episodes(job, update, k),
+                update,
+                job.engine,
+                rungs=settings.steps,
+                processes=job.config.evaluate.processes,
+                workers=job.config.workers,
+            )
+            evaluation = evaluate(scoring, title=f"{name}, {k} shots")
+            to_share = [{"steps_to_95": score.steps_to(SHARE)} for score in evaluation.scores]
+            rows += [
+                {"init": name, "k": k, "lr": update.lr, **row, **more}
+                for row, more in zip(evaluation.rows(), to_share, strict=True)
+            ]
+            summary.append({"init": name, "k": k, "lr": update.lr, **summarise(evaluation)})
+            for logger in loggers:
+                logger.log_metrics({f"curves/{name}/iou": evaluation.iou}, step=k)
+            write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
+            write_csv(summary, folder / "summary.csv")
+    head = {**describe(job, job.about), "git_commit": git_commit(), "wall_s": round(time.perf_counter() - started, 1)}
+    (folder / "results.json").write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
+    draw(summary, folder / "curves.png")
+    show(summary, folder)
+    first = next(iter(inits))
+    return next(float(row["iou"]) for row in summary if (row["init"], row["k"]) == (first, max(settings.k)))
+
+
+def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
+    """θ out of a file, or one of `NAMED`; and ω with the learning rate that the file's metadata recommend for it."""
+    with torch_seed(job.config.seed):
+        net = create(job.config.model, weights=NAMED.get(path))
+    if path in NAMED:
+        return net, job.update
+    about = load_initialisation(net, Path(path), job.about.model)
+    return net, replace(job.update, lr=about.update["lr"])
+
+
+def episodes(job: Job, update: Update, k: int) -> EvaluationEpisodes:
+    """Those of `k` shots on the test tasks."""
+    settings, seed = job.config.curves, job.config.evaluate.seed
+    tasks = choose_tasks(job.source, "test", settings.tasks, seed)
+    return EvaluationEpisodes(
+        job.source, "test", tasks, update, shots=k, queries=settings.queries, draws=settings.draws, seed=seed
+    )
+
+
+def summarise(evaluation: Evaluation) -> Row:
+    """Mean IoU and steps to `SHARE` of it, with 95 % intervals over tasks."""
+    low, high = evaluation.ci95
+    steps = evaluation.per_task(lambda score: score.steps_to(SHARE))
+    steps_low, steps_high = bootstrap_ci95(steps)
+    return {
+        "tasks": len(evaluation.by_task),
+        "iou": evaluation.iou,
+        "iou_low": low,
+        "iou_high": high,
+        "steps": evaluation.steps,
+        "steps_to_95": float(steps.mean()),
+        "steps_to_95_low": steps_low,
+        "steps_to_95_high": steps_high,
+    }
+
+
+def draw(summary: Sequence[Row], path: Path) -> None:
+    """IoU and steps to 95 % of it, against shots, a line with its interval for each initialisation."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for ax, value, label in zip(
+        figure.subplots(1, 2), ("iou", "steps_to_95"), ("IoU", "inner steps to 95 % of the final IoU"), strict=True
+    ):
+        for name in dict.fromkeys(row["init"] for row in summary):
+            line: dict[str, list[Any]] = {
+                key: [row[key] for row in summary if row["init"] == name]
+                for key in ("k", value, f"{value}_low", f"{value}_high")
+            }
+            (drawn,) = ax.plot(line["k"], line[value], "o-", markersize=4, label=name)
+            ax.fill_between(line["k"], line[f"{value}_low"], line[f"{value}_high"], alpha=0.15, color=drawn.get_color())
+        ax.set(xscale="log", xlabel="shots k", ylabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def show(summary: Sequence[Row], folder: Path) -> None:
+    """Print the table."""
+    table = Table("init", "k", "lr", "tasks", "IoU", "95 %", "steps", "to 95 %", title="Learning curves")
+    for row in summary:
+        interval = f"{row['iou_low']:.3f} … {row['iou_high']:.3f}"
+        cells = (row["init"], row["k"], f"{row['lr']:g}", row["tasks"], f"{row['iou']:.3f}", interval)
+        table.add_row(*map(str, cells), f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"curves.csv, summary.csv, curves.png, results.json: {folder}", soft_wrap=True)
