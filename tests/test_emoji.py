@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from metaseg.config import config_dir
 from metaseg.data import compositing, emoji
 from metaseg.data.compositing import Scene
 from metaseg.data.emoji import EmojiSource, concepts, draw_image, draw_scene, names_of
@@ -214,7 +216,7 @@ def test_the_preset_builds_it(tmp_path, monkeypatch):
     assert instantiate(preset).folder.parent == tmp_path
 
 
-@pytest.mark.parametrize("wrong", [{"image_size": 15}, {"images_per_class": 0}, {"workers": 0}])
+@pytest.mark.parametrize("wrong", [{"image_size": 15}, {"images_per_class": 0}, {"workers": 0}, {"classes": 0}])
 def test_impossible_arguments_are_refused(tmp_path, wrong):
     with pytest.raises(DataError, match=next(iter(wrong))):
         EmojiSource(cache_dir=tmp_path, **wrong)
@@ -312,3 +314,50 @@ def test_posed_area_is_the_one_asked_for():
         assert not border.any()
         small = compositing.pose(np.random.default_rng(seed), compositing.cut_out(disc), area=5000, longest=20)
         assert max(small.shape[:2]) <= 20 + 2 * compositing.MARGIN
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_sample_of_the_classes_has_the_images_of_the_full_data_set(tmp_path):
+    full = EmojiSource(SIZE, 2, cache_dir=tmp_path, workers=1)
+    sample = EmojiSource(SIZE, 3, cache_dir=tmp_path, workers=1, classes=4)
+    for split in SPLITS:
+        assert len(sample.names(split)) == 4
+        assert set(sample.names(split)) < set(full.names(split))
+        assert list(sample.names(split)) == sorted(sample.names(split))
+        for name in sample.names(split):
+            for one, other in zip(sample.load(name, [0, 1]), full.load(name, [0, 1]), strict=True):
+                np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(sample.load(name, [2])[0][0], draw_image(name, 2, SIZE, seed=0)[0])
+    assert np.load(sample.folder / "images.npy", mmap_mode="r").shape == (12, 3, SIZE, SIZE, 3)
+    absent = next(name for name in full.names("test") if name not in sample.names("test"))
+    with pytest.raises(KeyError, match="no emoji class"):
+        sample.load(absent, [0])
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_sample_depends_on_its_number_alone_and_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji, "_draw_all", lambda folder, *_: None)
+    sources = {classes: EmojiSource(SIZE, 1, cache_dir=tmp_path, classes=classes) for classes in (None, 2, 4, 12, 99)}
+    other = EmojiSource(SIZE + 1, 7, seed=3, cache_dir=tmp_path, classes=4)
+    for split in SPLITS:
+        assert other.names(split) == sources[4].names(split)
+        assert set(sources[2].names(split)) < set(sources[4].names(split))
+        assert sources[99].names(split) == sources[12].names(split) == sources[None].names(split)
+    assert len({source.folder for source in sources.values()}) == 3
+    assert sources[None].folder == sources[99].folder  # all there are, however one asks for them
+
+
+def test_the_full_data_set_keeps_the_cache_it_had(source):
+    names = {split: names_of(split) for split in SPLITS}
+    assert source.folder.name == f"emoji-v1-{SIZE}px-2images-seed1-{emoji._provenance(names)}"
+    assert [source._rows[name] for name in concepts()] == list(range(len(concepts())))
+
+
+def test_the_many_shot_preset_has_400_shots_and_20_queries(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "_draw_all", lambda folder, *_: None)
+    monkeypatch.setenv("METASEG_CACHE", str(tmp_path))
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        source = instantiate(compose("config", overrides=["dataset=emoji_many_shot"]).dataset)
+    assert source.image_size == 64
+    assert {split: len(source.names(split)) for split in SPLITS} == {"train": 8, "val": 8, "test": 8}
+    assert source.count(source.names("test")[0]) == 420

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,8 @@ def _draw_class(folder: Path, row: int, name: str, size: int, seed: int) -> None
         images[row, index], masks[row, index] = draw_image(name, index, size, seed)
 
 
-def _draw_all(folder: Path, size: int, count: int, seed: int, workers: int) -> None:
-    """Draw the whole data set into a folder."""
-    names = list(concepts())
+def _draw_all(folder: Path, names: Sequence[str], size: int, count: int, seed: int, workers: int) -> None:
+    """Draw `count` images of each class into a folder, a row a class."""
     for file, shape in ((_IMAGES, (size, size, 3)), (_MASKS, (size, size))):
         np.lib.format.open_memmap(folder / file, "w+", np.uint8, (len(names), count, *shape)).flush()
     # Forked workers start at once and need no importable main module; elsewhere than on Linux fork is not safe.
@@ -305,12 +305,12 @@ def _is_complete(folder: Path) -> bool:
     return (folder / _IMAGES).is_file() and (folder / _MASKS).is_file()
 
 
-def _build(folder: Path, size: int, count: int, seed: int, workers: int) -> None:
+def _build(folder: Path, names: Sequence[str], size: int, count: int, seed: int, workers: int) -> None:
     """Draw the data set next to `folder`, then rename: whoever sees `folder` sees all of it."""
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        _draw_all(unfinished, size, count, seed, workers)
+        _draw_all(unfinished, names, size, count, seed, workers)
         unfinished.rename(folder)
     except OSError:
         if not _is_complete(folder):  # else another process was faster, and drew the same
@@ -325,6 +325,12 @@ def _provenance(names: dict[Split, tuple[str, ...]]) -> str:
     return hashlib.sha256(json.dumps([names, packages], sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _sample(split: Split, classes: int | None) -> tuple[str, ...]:
+    """The split's classes, or so many of them, sorted: the first of an order that depends on nothing."""
+    names = names_of(split)
+    return tuple(sorted(generator("emoji classes", split).permutation(names)[:classes].tolist()))
+
+
 class EmojiSource:
     """The embedded data set as a `TaskSource`: drawn once by its constructor, then read from memory-mapped files."""
 
@@ -337,6 +343,7 @@ class EmojiSource:
         seed: int = 0,
         cache_dir: str | Path = "~/.cache/metaseg",
         workers: int | None = None,
+        classes: int | None = None,
     ) -> None:
         """Draw the data set, unless the cache has it.
 
@@ -346,6 +353,8 @@ class EmojiSource:
             seed: of poses, backgrounds and distractors; classes and splits do not depend on it.
             cache_dir: where the drawn data set is kept, in a folder named after all that it depends on.
             workers: processes that draw; as many as there are cores if None.
+            classes: classes of each split, a fixed sample of them, to which a larger number adds; all if None. An
+                image is the same in every sample, so that few classes can have many images in little time.
         """
         if image_size < 16:
             raise DataError(
@@ -355,15 +364,18 @@ class EmojiSource:
             raise DataError(f"images_per_class is {images_per_class}; choose 1 or more")
         if workers is not None and workers < 1:
             raise DataError(f"workers is {workers}; choose 1 or more, or null for one a core")
+        if classes is not None and classes < 1:
+            raise DataError(f"classes is {classes}; choose 1 or more, or null for all")
         self.image_size = image_size
         self.images_per_class = images_per_class
-        self._rows = {name: row for row, name in enumerate(concepts())}
-        self._names: dict[Split, tuple[str, ...]] = {split: names_of(split) for split in SPLITS}
+        self._names: dict[Split, tuple[str, ...]] = {split: _sample(split, classes) for split in SPLITS}
+        self._rows = {name: row for row, name in enumerate(sorted(chain(*self._names.values())))}
+        # the provenance hashes the names, so that a sample has a folder of its own
         key = f"emoji-v{FORMAT}-{image_size}px-{images_per_class}images-seed{seed}-{_provenance(self._names)}"
         self.folder = Path(cache_dir).expanduser() / key
         self._arrays: tuple[UInt8, UInt8] | None = None
         if not _is_complete(self.folder):
-            _build(self.folder, image_size, images_per_class, seed, workers or os.cpu_count() or 1)
+            _build(self.folder, list(self._rows), image_size, images_per_class, seed, workers or os.cpu_count() or 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}

@@ -5,21 +5,19 @@ run should meet a broken file before its first step and not in its third hour. W
 warning that lists it and says what to do; the rest is used.
 """
 
+import difflib
 import json
 import os
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
+from metaseg.data.faults import STRAY, UNREADABLE, Fault, fault_lines, first, inspect_each, warn_of
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.errors import DataError
 
@@ -27,21 +25,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg")
 MASK_SUFFIX = ".png"
 
 SPLITS_CURE = 'write a JSON file {"train": [...], "val": [...], "test": [...]} of class names: dataset.splits=FILE'
-
-STRAY = "stray file"  # the one kind that costs no image: in the report, but no reason for a warning
-
-# What Pillow raises over damaged files; a SyntaxError, for one, is a PNG with a broken chunk.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-class Fault(NamedTuple):
-    """Something that was left out of a data set, and the way to mend it."""
-
-    kind: str
-    path: Path
-    """Relative to the data set's root."""
-    cure: str
-    detail: str = ""
 
 
 class Pair(NamedTuple):
@@ -76,11 +59,11 @@ class FolderSource:
         self.image_size = image_size
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder: dataset.root names the one that holds a folder per class")
-        self._listed = _checked(splits if isinstance(splits, Mapping) else _read_splits(Path(splits).expanduser()))
+        self._listed = read_splits(splits)
         self._pairs, faults = self._sound_pairs(min_images)
         self.faults: tuple[Fault, ...] = tuple(faults)
-        self._check_splits_are_filled()
-        self._warn()
+        check_filled(self._listed, self._pairs, self.faults, self.root)
+        warn_of(self.faults, str(self.root))
 
     def names(self, split: Split) -> Sequence[str]:
         """Names of the split's sound classes, sorted."""
@@ -113,7 +96,7 @@ class FolderSource:
             names = self.names(split)
             images = sum(self.count(task) for task in names)
             lines.append(f"{split}: {len(names)} of {len(self._listed[split])} classes, {images} images")
-        return "\n".join(lines + _fault_lines(self.faults))
+        return "\n".join(lines + fault_lines(self.faults))
 
     def _sound_pairs(self, min_images: int) -> tuple[dict[str, tuple[Pair, ...]], list[Fault]]:
         """The pairs that can be used, for each class that has enough of them, and the faults of all the others."""
@@ -127,7 +110,8 @@ class FolderSource:
 
         sound: dict[str, list[Pair]] = {task: [] for task in found}
         candidates = [(task, pair) for task, pairs in found.items() for pair in pairs]
-        for (task, pair), fault in zip(candidates, self._inspect(candidates), strict=True):
+        findings = inspect_each(lambda candidate: _fault(self.root, self.image_size, *candidate), candidates)
+        for (task, pair), fault in zip(candidates, findings, strict=True):
             if fault:
                 faults.append(fault)
             else:
@@ -139,29 +123,6 @@ class FolderSource:
                 few = f"{len(pairs)} sound of at least {min_images}"
                 faults.append(Fault("class with too few images", Path(task), cure, few))
         return {task: tuple(pairs) for task, pairs in sound.items() if len(pairs) >= min_images}, faults
-
-    def _inspect(self, candidates: Sequence[tuple[str, Pair]]) -> list[Fault | None]:
-        """The fault of each (class, pair), if it has one; threads serve, since Pillow decodes outside the GIL."""
-        console = Console(stderr=True)
-        quiet = not console.is_terminal
-        with ThreadPoolExecutor() as pool:
-            verdicts = pool.map(lambda candidate: _fault(self.root, self.image_size, *candidate), candidates)
-            bar = track(verdicts, "checking images", len(candidates), console=console, transient=True, disable=quiet)
-            return list(bar)
-
-    def _check_splits_are_filled(self) -> None:
-        # A split may be empty by choice (nothing to train on where one only tests); one whose classes all fell away is
-        # a mistake.
-        for split in SPLITS:
-            if not self.names(split) and self._listed[split]:
-                what = f"the {split} split has no sound class in {self.root}; mend these, or the splits:"
-                raise DataError("\n".join([what, *_fault_lines(self.faults)]))
-
-    def _warn(self) -> None:
-        lines = _fault_lines(fault for fault in self.faults if fault.kind != STRAY)
-        if lines:
-            what = f"part of {self.root} is left out, the rest is used:"
-            warnings.warn("\n".join([what, *lines]), stacklevel=3)
 
 
 def read_image(path: Path, image_size: int) -> UInt8:
@@ -178,7 +139,7 @@ def read_mask(path: Path, image_size: int) -> UInt8:
     is looked up, transparency is ignored.
     """
     with Image.open(path) as file:
-        return _resize_mask(_binary(file), image_size)
+        return resize_mask(_binary(file), image_size)
 
 
 def _binary(file: Image.Image) -> UInt8:
@@ -190,7 +151,8 @@ def _binary(file: Image.Image) -> UInt8:
     return (values > full // 2).astype(np.uint8)
 
 
-def _resize_mask(mask: UInt8, image_size: int) -> UInt8:
+def resize_mask(mask: UInt8, image_size: int) -> UInt8:
+    """A mask or a map of class numbers, shape (height, width), as (image_size, image_size), by nearest neighbour."""
     if mask.shape == (image_size, image_size):
         return mask
     return np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.NEAREST))
@@ -212,7 +174,7 @@ def _fault(root: Path, image_size: int, task: str, pair: Pair) -> Fault | None:
         cure = "export the mask at its image's size (of a photo with an EXIF rotation: as the pixels are stored)"
         sizes = f"{binary.shape[1]}×{binary.shape[0]}, its image {width}×{height}"
         return Fault("mask of another size than its image", mask, cure, sizes)
-    if not _resize_mask(binary, image_size).any():
+    if not resize_mask(binary, image_size).any():
         cure = f"draw the object as 1 or 255 on 0, large enough to be seen at {image_size} pixels, or remove the pair"
         return Fault("mask without an object", mask, cure)
     return None
@@ -249,7 +211,42 @@ def _natural(stem: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", stem)], stem
 
 
-def _read_splits(path: Path) -> object:
+def read_splits(splits: str | os.PathLike[str] | Mapping[Split, Sequence[str]]) -> dict[Split, tuple[str, ...]]:
+    """The class names of each split, in the order of a JSON file or a mapping.
+
+    Raises:
+        DataError: if it cannot be read, is not three lists of names, or has a name twice.
+    """
+    return _checked(splits if isinstance(splits, Mapping) else _read(Path(splits).expanduser()))
+
+
+def check_known(names: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Refuse names of classes that a data set of fixed classes does not have.
+
+    Raises:
+        DataError: on the first one, with the name that is spelt most like it.
+    """
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise DataError(f"{where} has no class {name!r}; did you mean {near}?")
+
+
+def check_filled(
+    listed: Mapping[Split, Sequence[str]], sound: Container[str], faults: Sequence[Fault], root: str | Path
+) -> None:
+    """Refuse a data set in which all classes of a split fell away; a split that lists none is empty by choice.
+
+    Raises:
+        DataError: with all faults.
+    """
+    for split, names in listed.items():
+        if names and not any(task in sound for task in names):
+            what = f"the {split} split has no sound class in {root}; mend these, or the splits:"
+            raise DataError("\n".join([what, *fault_lines(faults)]))
+
+
+def _read(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -271,21 +268,5 @@ def _checked(splits: object) -> dict[Split, tuple[str, ...]]:
     times = Counter(task for names in listed.values() for task in names)
     twice = sorted(task for task, n in times.items() if n > 1)
     if twice:
-        raise DataError(f"listed more than once in the splits, keep each class in one place: {_first(twice)}")
+        raise DataError(f"listed more than once in the splits, keep each class in one place: {first(twice)}")
     return listed
-
-
-def _fault_lines(faults: Iterable[Fault]) -> list[str]:
-    kinds: dict[str, list[Fault]] = {}
-    for fault in faults:
-        kinds.setdefault(fault.kind, []).append(fault)
-    return [
-        f"{len(group)} × {kind} ({group[0].cure}): "
-        + _first([fault.path.as_posix() + (f" ({fault.detail})" if fault.detail else "") for fault in group])
-        for kind, group in kinds.items()
-    ]
-
-
-def _first(items: Sequence[str], most: int = 10) -> str:
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -5,17 +5,18 @@ The data are not part of this package and nothing is downloaded; the class split
 """
 
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from metaseg.data.folder import FolderSource
+from metaseg.data.folder import FolderSource, check_known
 from metaseg.data.source import SPLITS, Split
 from metaseg.errors import DataError
 
 NESTED = "fewshot_data"  # the public archive holds its folder of classes inside a folder of the same name
 CURE = (
     "fetch FSS-1000 by way of its authors' page, https://github.com/HKUSTCV/FSS-1000, unpack it, and name the folder "
-    f"with the 1,000 class folders, or a folder that has it as {NESTED}/ inside: dataset.root=/path/to/{NESTED}"
+    f"with the 1,000 class folders, or a folder that has it as {NESTED}/ inside: "
 )
 
 
@@ -26,25 +27,45 @@ class Fss1000Source(FolderSource):
         root: the folder of class folders, or one that holds it as `fewshot_data/`.
         image_size: height and width that everything is resized to; the files' own is 224.
         min_images: a class with fewer sound images is left out; five shots and five queries need all ten.
+        exclude: names of classes that are left out of every split, to be held out of meta-training.
+
+    Raises:
+        DataError: if `exclude` names a class that FSS-1000 does not have, or the folder cannot be used.
     """
 
     name = "fss1000"
 
-    def __init__(self, root: str | os.PathLike[str], image_size: int = 224, min_images: int = 10) -> None:
-        splits = fss1000_splits()
-        super().__init__(_class_root(Path(root).expanduser(), splits), splits, image_size, min_images)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        image_size: int = 224,
+        min_images: int = 10,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__(class_root(root), fss1000_splits(exclude), image_size, min_images)
 
 
-def fss1000_splits() -> dict[Split, list[str]]:
-    """The shipped class names: 520 train, 240 val and 240 test, each sorted."""
+def fss1000_splits(exclude: Sequence[str] = ()) -> dict[Split, list[str]]:
+    """The shipped class names, 520 train, 240 val and 240 test, each sorted, without those in `exclude`."""
     folder = files("metaseg") / "data" / "fss1000_splits"
-    return {split: (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines() for split in SPLITS}
+    splits = {split: (folder / f"{split}.txt").read_text(encoding="utf-8").splitlines() for split in SPLITS}
+    if isinstance(exclude, str):
+        raise DataError(f"exclude is {exclude!r}: give a list of class names, dataset.exclude=[{exclude}]")
+    check_known(exclude, [task for names in splits.values() for task in names], "FSS-1000")
+    return {split: [task for task in names if task not in exclude] for split, names in splits.items()}
 
 
-def _class_root(root: Path, splits: dict[Split, list[str]]) -> Path:
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder: {CURE}")
-    for folder in (root, root / NESTED):
-        if any((folder / task).is_dir() for names in splits.values() for task in names):
+def class_root(root: str | os.PathLike[str], key: str = "root") -> Path:
+    """The folder of class folders: `root` itself, or its `fewshot_data/`; `key` is the root's name in the config.
+
+    Raises:
+        DataError: if there is none.
+    """
+    top, cure = Path(root).expanduser(), f"{CURE}dataset.{key}=/path/to/{NESTED}"
+    if not top.is_dir():
+        raise DataError(f"{top} is not a folder: {cure}")
+    tasks = [task for names in fss1000_splits().values() for task in names]
+    for folder in (top, top / NESTED):
+        if any((folder / task).is_dir() for task in tasks):
             return folder
-    raise DataError(f"{root} holds no class folder of FSS-1000: {CURE}")
+    raise DataError(f"{top} holds no class folder of FSS-1000: {cure}")
