@@ -153,8 +153,11 @@ def fingerprint(job: Job, mode: str) -> str:
     keys = ("dataset", "update", "evaluate")
     settings = {key: value for key, value in config[mode].items() if key not in ("trials", "storage")}
     named = {key: config[key] for key in keys} | {mode: settings, "splits": job.about.splits_sha256}
-    for key in ("cache_dir", "workers", "root"):
-        named["dataset"].pop(key, None)
+    named["dataset"] = {
+        key: value
+        for key, value in named["dataset"].items()
+        if key not in ("cache_dir", "workers") and not key.endswith("root")
+    }
     for key in ("processes", "panels", "test_tasks", "train_tasks"):
         named["evaluate"].pop(key, None)
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
