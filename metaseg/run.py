@@ -87,6 +87,18 @@ def run(config: DictConfig, folder: Path) -> float:
             "dataset": job.source.name,
             "splits_sha256": splits_sha256(job.source),
             "shots": config.evaluate.shots,
+            "episodes": {  # with the splits and the shots, what they were drawn from
+                "seed": config.evaluate.seed,
+                "queries": config.evaluate.queries,
+                "draws": config.evaluate.draws,
+                "image_size": job.source.image_size,
+                "images": sum(
+                    job.source.count(task)
+                    for split in splits_to_score(config, job.source)
+                    for task in job.source.names(split)
+                ),
+                "data_seed": config.dataset.get("seed"),  # of data that are drawn themselves
+            },
             "update": about.update,
             "batchnorm": update.batchnorm,
             "seed": about.seed,
