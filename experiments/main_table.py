@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from metaseg.compare import compare, read_run, task_means
 from metaseg.config import config_dir, config_sha256, make_update
 from metaseg.job import create, evaluation_episodes
 from metaseg.metrics import bootstrap_ci95
@@ -53,21 +54,15 @@ class Run:
 
     def done(self) -> bool:
         """Whether it has finished with this very configuration."""
-        results = self.folder / "results.json"
-        wanted = config_sha256(composed(self.overrides))
-        return results.is_file() and json.loads(results.read_text()).get("config_sha256") == wanted
+        if not (self.folder / "results.json").is_file():
+            return False
+        found = self.results()
+        # an older version did not write down which episodes they were: those cannot be compared
+        return found.get("config_sha256") == config_sha256(composed(self.overrides)) and "episodes" in found
 
     def results(self) -> dict:
         """Of results.json."""
         return json.loads((self.folder / "results.json").read_text())
-
-    def task_ious(self) -> dict[str, float]:
-        """Mean IoU of each test task over its draws."""
-        draws: dict[str, list[float]] = {}
-        with (self.folder / "per_task.csv").open() as file:
-            for row in csv.DictReader(file):
-                draws.setdefault(row["task"], []).append(float(row["iou"]))
-        return {task: float(np.mean(ious)) for task, ious in draws.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,7 +146,7 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
 def summarise(row: str, runs: Sequence[Run], everything: Sequence[Run]) -> dict:
     """A row's numbers: means over seeds; intervals over tasks, each task being the mean of its seeds."""
     results = [run.results() for run in runs]
-    tasks = task_means(runs)
+    tasks = task_means([read_run(run.folder) for run in runs], "iou")
     low, high = bootstrap_ci95(list(tasks.values()))
     numbers = {
         "row": row,
@@ -172,18 +167,10 @@ def summarise(row: str, runs: Sequence[Run], everything: Sequence[Run]) -> dict:
     }
     baseline = [run for run in everything if run.row == BASELINE]
     if baseline and row != BASELINE:
-        # paired: the same episodes, so the tasks' differences are what varies
-        theirs = task_means(baseline)
-        differences = [iou - theirs[task] for task, iou in tasks.items()]
-        numbers["gain"] = float(np.mean(differences))
-        numbers["gain_low"], numbers["gain_high"] = bootstrap_ci95(differences)
+        gain = compare([run.folder for run in baseline], [run.folder for run in runs]).iou
+        numbers["gain"] = gain.mean
+        numbers["gain_low"], numbers["gain_high"] = gain.ci95
     return numbers
-
-
-def task_means(runs: Sequence[Run]) -> dict[str, float]:
-    """Each task's IoU, mean over seeds."""
-    by_seed = [run.task_ious() for run in runs]
-    return {task: float(np.mean([ious[task] for ious in by_seed])) for task in by_seed[0]}
 
 
 def write_csv(table: Sequence[dict], path: Path) -> None:

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class WeightsError(UserError):
     """Weights that are missing, unreadable or of another network."""
+
+
+class ComparisonError(UserError):
+    """Runs that cannot be compared with each other."""

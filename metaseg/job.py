@@ -17,7 +17,7 @@ from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.config import check, config_sha256, inner_config, make_update, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.data.source import Split, TaskSource, splits_sha256
+from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_resumable, load_initialisation
 from metaseg.seeding import torch_seed
@@ -133,7 +133,14 @@ def describe(job: Job, about: About) -> dict[str, Any]:
         "algo": about.algo,
         "dataset": job.source.name,
         "splits_sha256": about.splits_sha256,
-        "episodes": {"seed": e.seed, "queries": e.queries, "draws": e.draws, "image_size": job.source.image_size},
+        "episodes": {  # with the splits and the shots, what they were drawn from
+            "seed": e.seed,
+            "queries": e.queries,
+            "draws": e.draws,
+            "image_size": job.source.image_size,
+            "images": sum(job.source.count(task) for split in SPLITS for task in job.source.names(split)),
+            "data_seed": config.dataset.get("seed"),  # of data that are drawn themselves
+        },
         "shots": e.shots,
         "update": about.update,
         "batchnorm": about.update["batchnorm"],

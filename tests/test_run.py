@@ -20,6 +20,7 @@ from safetensors import safe_open
 from test_config import GROUPS, presets
 from trees import write_splits, write_tree
 
+from metaseg.compare import compare
 from metaseg.config import config_dir
 from metaseg.errors import ConfigError, DataError, WeightsError
 from metaseg.initialisation import load_initialisation
@@ -65,6 +66,9 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     assert (found["schema"], found["algo"], found["dataset"], found["shots"]) == (1, "fomaml_star", "folder", 5)
     assert (found["meta_steps"], found["seed"], found["device"], found["batchnorm"]) == (2, 0, "cpu", "support")
     assert len(found["splits_sha256"]) == 64
+    drawn = {"seed": 0, "queries": 5, "draws": 2, "image_size": 32, "images": 80, "data_seed": None}
+    assert found["episodes"] == drawn
+    assert compare([folder], [folder]).iou.a.mean() == pytest.approx(headline)
     numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps"}
     for split in ("train", "val", "test"):
         part = found[split]
