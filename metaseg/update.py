@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from metaseg.data.augment import augment
 from metaseg.episode import Batch
 from metaseg.errors import ConfigError, DataError
+from metaseg.losses import segmentation_loss
 
 BatchNormPolicy = Literal["running", "support", "batch"]
 Part = Literal["all", "decoder", "head", "batchnorm"]
@@ -71,7 +72,9 @@ class Update:
         steps: inner steps, ≥ 1.
         batch_size: images in a mini-batch; more than there are shots makes images repeat.
         schedule: the learning rate's course.
-        weight_decay: L2 factor on weights and biases except batch norm's.
+        weight_decay: L2 factor λ, for ½λ Σw² over weights and biases except batch norm's, as the optimizer takes it.
+        l1: L1 factor λ, for λ Σ|w| over the same; part of the gradient, whatever the optimizer.
+        loss: maps logits (n, 2, h, w) and masks (n, h, w) to the scalar that inner steps descend.
         dropout: rate in front of the head, in [0, 1).
         augment: the share of images that are augmented, in [0, 1].
         batchnorm: which statistics predict: `running`, the running averages, which the inner steps move on;
@@ -90,6 +93,8 @@ class Update:
     augment: float = 0.5
     batchnorm: BatchNormPolicy = "support"
     adapts: Part = "all"
+    l1: float = 0.0
+    loss: Callable[[Tensor, Tensor], Tensor] = segmentation_loss
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -98,6 +103,8 @@ class Update:
             "steps": (self.steps >= 1, "1 or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "l1": (self.l1 >= 0, "0 or more"),
+            "loss": (callable(self.loss), "a loss with its _target_, as metaseg.losses.SegmentationLoss"),
             "dropout": (0 <= self.dropout < 1, "0 or more, below 1"),
             "augment": (0 <= self.augment <= 1, "a rate from 0 to 1"),
             "batchnorm": (self.batchnorm in get_args(BatchNormPolicy), f"one of {get_args(BatchNormPolicy)}"),

@@ -15,8 +15,9 @@ from metaseg.algos import Fomaml, Joint, Reptile
 from metaseg.engine import Fast, Reference, auto
 from metaseg.engine.flat import flat, flat_statistics, gather, ordered_parameters
 from metaseg.episode import Batch, Episode
-from metaseg.models import EfficientLab
-from metaseg.models.efficientlab import Dropout
+from metaseg.losses import SegmentationLoss
+from metaseg.models import DeepLab, EfficientLab
+from metaseg.models.network import Dropout
 from metaseg.update import Cosine, Update
 
 SIZE, K = 32, 4
@@ -108,10 +109,30 @@ def test_whatever_statistics_predict(policy: str) -> None:
     agree(plain, fast, theta, omega)
 
 
+@pytest.mark.parametrize("optimizer", [partial(SGD), partial(AdamW)])
+@pytest.mark.parametrize("part", ["all", "decoder"])
+def test_whatever_regularises(optimizer: partial[torch.optim.Optimizer], part: str) -> None:
+    lr = 0.01 if optimizer.func is SGD else 1e-4
+    loss = SegmentationLoss(label_smoothing=0.1, darc1=0.01)
+    omega = replace(OMEGA, optimizer=optimizer, lr=lr, adapts=part, l1=1e-3, loss=loss)
+    theta, plain, fast = both(omega)
+    agree(plain, fast, theta, omega)
+
+
+@pytest.mark.parametrize(
+    "network", [partial(EfficientLab, residual=False), partial(DeepLab, skip=None), partial(DeepLab, rates=(1, 2))]
+)
+def test_whatever_the_decoders_are(network: partial[nn.Module]) -> None:
+    torch.manual_seed(0)
+    theta = network("tf_efficientnet_lite0").double()
+    agree(Reference(theta, OMEGA), Fast(theta, OMEGA), theta, OMEGA)
+
+
 @pytest.mark.parametrize(
     ("algo", "omega"),
     [
         (Reptile(shots=5), OMEGA),
+        (Fomaml(shots=5), replace(OMEGA, adapts="head", l1=1e-3)),
         (Fomaml(shots=5), OMEGA),
         (Fomaml(shots=5), replace(OMEGA, adapts="head", optimizer=partial(SGD, momentum=0.9))),
         (Joint(), replace(OMEGA, lr=1.0, steps=1, schedule=lambda progress: 1.0)),

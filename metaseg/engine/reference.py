@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from metaseg.adapt import Adapter
 from metaseg.engine.flat import gather, ordered_parameters, running_statistics
 from metaseg.episode import Batch
-from metaseg.losses import segmentation_loss
 from metaseg.models import use_shortcuts
 from metaseg.seeding import torch_seed
 from metaseg.update import Update, batchnorm_parameters
@@ -44,8 +43,8 @@ class Reference(Adapter):
         for parameter in self.update.select(self.phi):
             parameter.requires_grad_(True)
         norms = batchnorm_parameters(self.phi)
-        weights = ordered_parameters(self.phi)[len(norms) :]
-        self.optimizer = self.update.make_optimizer(weights, norms)
+        self.weights = ordered_parameters(self.phi)[len(norms) :]
+        self.optimizer = self.update.make_optimizer(self.weights, norms)
 
     def _step(self, batch: Batch, lr: float, seed: int, everything: bool) -> Tensor:
         if everything:
@@ -54,8 +53,11 @@ class Reference(Adapter):
             group["lr"] = lr
         self.phi.train()
         with torch.enable_grad(), torch_seed(seed), self.computing():
-            loss = segmentation_loss(self.phi(batch.images.contiguous()), batch.masks)
+            loss = self.update.loss(self.phi(batch.images.contiguous()), batch.masks)
+            objective = loss
+            if self.update.l1:
+                objective = loss + self.update.l1 * torch.stack([w.abs().sum() for w in self.weights]).sum()
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            objective.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.detach()
