@@ -4,7 +4,8 @@
 
 Each contender lives in a process of its own, so that memory and start-up are its own and the fast engine's settings
 reach nobody else. They take turns, a block each, `--repeats` times; medians count. Data are synthetic, weights random.
-Writes the JSON, and beside it a Markdown table and a plot. `--quick` is a dry run of a minute or two.
+Writes the JSON, and beside it a Markdown table and a plot.
+`--quick` is a dry run: of some minutes at these sizes, of one at `--sizes 32`.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -465,7 +468,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     sizes = {str(size): measure(args, size) for size in args.sizes}
     done = {
-        "command": f"python experiments/speed.py --device {args.device} --sizes {' '.join(map(str, args.sizes))}",
+        "command": shlex.join(["python", "experiments/speed.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
         "machine": machine(args.device),
         "device": args.device,

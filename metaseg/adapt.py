@@ -31,7 +31,7 @@ class Adapter(ABC):
 
     Attributes:
         phi: φ, ours until the next `start`.
-        last_loss: of the last mini-batch, before its step and without L2; a scalar.
+        last_loss: of the last mini-batch, before its step, without L2 and L1; a scalar.
     """
 
     def __init__(self, net: nn.Module, update: Update) -> None:

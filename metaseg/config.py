@@ -21,7 +21,10 @@ from metaseg.errors import ConfigError
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "curves")
-_NUMBERS = ("lr", "steps", "batch_size", "weight_decay", "dropout", "augment")  # of an update procedure
+_NUMBERS = (  # of an update procedure
+    *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
+    *("loss.label_smoothing", "loss.darc1"),
+)
 
 
 def config_dir() -> Path:
@@ -100,9 +103,10 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
         if key != "_target_" and key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ConfigError(f"{name} has no field '{key}'; did you mean {near[0]}?")
-    wrong = [key for key in _NUMBERS if isinstance(config.get(key), bool | str)]
+    numbers = {key: OmegaConf.select(config, key) for key in _NUMBERS}
+    wrong = [key for key, value in numbers.items() if isinstance(value, bool | str)]
     if wrong:
-        raise ConfigError(f"{name}.{wrong[0]}={config[wrong[0]]}: give a number")
+        raise ConfigError(f"{name}.{wrong[0]}={numbers[wrong[0]]}: give a number")
     try:
         update = instantiate(config, _convert_="all")
     except InstantiationException as error:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metaseg.errors import ConfigError, WeightsError
-from metaseg.models.efficientlab import load_network
+from metaseg.models.network import load_network
 
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
+_UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         WeightsError: if the file is unreadable or holds another network.
     """
     state, about = (_read_safetensors if path.suffix == ".safetensors" else _read_checkpoint)(path)
-    theirs, ours = ({**m, **dict.fromkeys(_NO_SHAPE)} for m in (about.model, model))
+    theirs, ours = ({**_UNSAID, **m, **dict.fromkeys(_NO_SHAPE)} for m in (about.model, model))
     if theirs != ours:
         differ = [
             f"model.{key}={theirs.get(key)}" for key in sorted(theirs.keys() | ours) if theirs.get(key) != ours.get(key)
@@ -73,9 +74,12 @@ def check_resumable(path: Path, about: About) -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    _, theirs = _read_checkpoint(path)
     names = ("algo", "dataset", "splits_sha256", "seed", "model")
-    differ = [f"{name}={getattr(theirs, name)}" for name in names if getattr(theirs, name) != getattr(about, name)]
+    theirs, ours = (
+        {name: getattr(a, name) for name in names} | {"model": {**_UNSAID, **a.model}}
+        for a in (_read_checkpoint(path)[1], about)
+    )
+    differ = [f"{name}={theirs[name]}" for name in names if theirs[name] != ours[name]]
     if differ:
         raise ConfigError(
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "

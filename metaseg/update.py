@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from metaseg.data.augment import augment
 from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError, DataError
+from metaseg.losses import segmentation_loss
 from metaseg.seeding import derive_seed, generator
 
 BatchNormPolicy = Literal["running", "support", "batch"]
@@ -99,7 +100,9 @@ class Update:
         steps: inner steps, ≥ 1; with `stopping`, at most.
         batch_size: images in a mini-batch; more than there are shots makes images repeat.
         schedule: the learning rate's course.
-        weight_decay: L2 factor on weights and biases except batch norm's.
+        weight_decay: L2 factor λ, for ½λ Σw² over weights and biases except batch norm's, as the optimizer takes it.
+        l1: L1 factor λ, for λ Σ|w| over the same; part of the gradient, whatever the optimizer.
+        loss: maps logits (n, 2, h, w) and masks (n, h, w) to the scalar that inner steps descend.
         dropout: rate in front of the head, in [0, 1).
         augment: the share of images that are augmented, in [0, 1].
         batchnorm: which statistics predict: `running`, the running averages, which the inner steps move on;
@@ -120,6 +123,8 @@ class Update:
     batchnorm: BatchNormPolicy = "support"
     adapts: Part = "all"
     stopping: EarlyStopping | None = None
+    l1: float = 0.0
+    loss: Callable[[Tensor, Tensor], Tensor] = segmentation_loss
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -128,6 +133,8 @@ class Update:
             "steps": (self.steps >= 1, "1 or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "l1": (self.l1 >= 0, "0 or more"),
+            "loss": (callable(self.loss), "a loss with its _target_, as metaseg.losses.SegmentationLoss"),
             "dropout": (0 <= self.dropout < 1, "0 or more, below 1"),
             "augment": (0 <= self.augment <= 1, "a rate from 0 to 1"),
             "batchnorm": (self.batchnorm in get_args(BatchNormPolicy), f"one of {get_args(BatchNormPolicy)}"),
@@ -163,7 +170,7 @@ class Update:
         for _ in range(self.steps):
             which = [next(order) for _ in range(self.batch_size)]
             drawn.append(augment(images[which], masks[which], self.augment, rng))
-        # in one piece of memory, which travels from a loader worker, or to a GPU, as one
+        # in one piece of memory, which travels from a loader worker as one
         stacked = (np.stack(part) for part in zip(*drawn, strict=True))
         return tuple(Batch.from_numpy(*pair) for pair in zip(*stacked, strict=True))
 

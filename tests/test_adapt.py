@@ -100,6 +100,35 @@ def test_only_what_adapts_moves(net: Net, engine: type[Adapter], part: str, movi
     assert {i for i, (ours, theirs) in enumerate(pairs) if not torch.equal(ours, theirs)} == moving
 
 
+@pytest.mark.parametrize(("part", "moving"), [("all", {0, 1, 4, 5}), ("head", {4, 5}), ("batchnorm", set())])
+def test_l1_and_l2_of_a_loss_without_gradient(net: Net, engine: type[Adapter], part: str, moving: set[int]) -> None:
+    """A step then is w ← w − lr · (λ₂·w + λ₁·sign w), of what moves and is no batch norm's; the reported loss is 0."""
+    with torch.no_grad():
+        net.head.bias.zero_()  # where |w| has no derivative, sign says 0
+    omega = replace(OMEGA, adapts=part, steps=1, weight_decay=0.5, l1=0.01, loss=lambda logits, masks: 0 * logits.sum())
+    adapt = engine(net, omega)
+    phi = adapt(net, episode(steps=1))
+    assert adapt.last_loss == 0
+    for i, (w, got) in enumerate(zip(net.parameters(), phi.parameters(), strict=True)):
+        torch.testing.assert_close(got.detach(), w - 0.1 * (0.5 * w + 0.01 * w.sign()) if i in moving else w)
+
+
+def test_l1_reaches_all_parameters_in_a_step_that_moves_everything(net: Net, engine: type[Adapter]) -> None:
+    adapt = engine(net, replace(OMEGA, adapts="head", weight_decay=0.0, l1=0.01, loss=lambda x, masks: 0 * x.sum()))
+    started(adapt, net).step(data(10, 4), everything=True)
+    for i, (w, got) in enumerate(zip(net.parameters(), adapt.phi.parameters(), strict=True)):
+        torch.testing.assert_close(got.detach(), w if i in {2, 3} else w - 0.1 * 0.01 * w.sign())
+
+
+def test_inner_steps_descend_omegas_loss(net: Net, engine: type[Adapter]) -> None:
+    adapt = engine(net, replace(OMEGA, dropout=0.0, loss=lambda logits, masks: logits[:, 1].mean()))
+    one = episode(steps=1)
+    expected = net(one.batches[0].images)[:, 1].mean()
+    phi = adapt(net, one)
+    torch.testing.assert_close(adapt.last_loss, expected.detach())
+    torch.testing.assert_close(phi.head.bias.detach(), net.head.bias * (1 - 0.1 * 5e-4) - 0.1 * torch.tensor([0.0, 1]))
+
+
 def by_hand(net: Net, images: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
     conv, norm = net.decoders
     x = (conv(images / 255) - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + norm.eps).sqrt()

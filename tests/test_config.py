@@ -1,10 +1,12 @@
 """Configs: every preset composes, mistakes fail at once with a cure."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -14,6 +16,7 @@ from torch.optim import SGD, Adam
 
 from metaseg.adapt import Lanes
 from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.losses import SegmentationLoss
 from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine
 
@@ -65,9 +68,69 @@ def test_an_inner_optimizer_that_only_the_reference_has_is_refused_elsewhere() -
         check(composed(adagrad))
 
 
+def size(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
 @pytest.mark.parametrize("preset", presets("model"))
-def test_every_model_is_a_module(preset: str) -> None:
-    assert isinstance(instantiate(composed(f"model={preset}", "model.weights=null").model), nn.Module)
+def test_every_model_has_the_parameters_that_its_header_says(preset: str) -> None:
+    net = instantiate(composed(f"model={preset}", "model.weights=null").model)
+    header = " ".join((config_dir() / "model" / f"{preset}.yaml").read_text().replace("\n# ", " ").split())
+    said = re.search(r"([\d,]{7,}) parameters(?:; with backbone=(\S+) ([\d,]+))?", header)
+    assert said, "no parameter count"
+    assert size(net) == int(said[1].replace(",", ""))
+    if said[2]:
+        other = instantiate(composed(f"model={preset}", "model.weights=null", f"model.backbone={said[2]}").model)
+        assert size(other) == int(said[3].rstrip(",").replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "b0", "lite0"),  # a decoder's share is derived by hand in test_models
+    [
+        (["model=efficientlab_6_3"], 2_071_714, 1_920_674),
+        (["model=efficientlab_6_3", "model.residual=false"], 2_071_714, 1_920_674),
+        (["model=efficientlab_3"], 1_368_242, 1_217_202),
+        (["model=efficientlab_6_3", "model.rsd=[16]"], 1_555_506, 1_404_466),
+        (["model=deeplab_aspp"], 1_280_546, 1_129_506),
+        (["model=deeplab_v3plus"], 1_556_690, 1_405_650),
+    ],
+)
+def test_parameters_of_the_ablations(overrides: list[str], b0: int, lite0: int) -> None:
+    check_overrides(overrides)
+    sizes = [
+        size(instantiate(composed(*overrides, "model.weights=null", f"model.backbone={name}").model))
+        for name in ("tf_efficientnet_b0", "tf_efficientnet_lite0")
+    ]
+    assert sizes == [b0, lite0]
+
+
+def test_without_residual_the_graph_is_another() -> None:
+    nets = [
+        instantiate(composed("model.weights=null", f"model.residual={residual}").model) for residual in (True, False)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())  # as many parameters, of the same names
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = [net.eval()(images) for net in nets]
+    assert not torch.allclose(*logits)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("update.dropout=0.1", "dropout", 0.1),
+        ("update.weight_decay=0.01", "weight_decay", 0.01),
+        ("update.l1=0.001", "l1", 0.001),
+        ("update.loss.label_smoothing=0.1", "loss", SegmentationLoss(label_smoothing=0.1)),
+        ("update.loss.darc1=0.01", "loss", SegmentationLoss(darc1=0.01)),
+    ],
+)
+def test_regularisers_reach_omega_and_training(override: str, field: str, value: object) -> None:
+    check_overrides([override])
+    config = composed(override)
+    assert getattr(make_update(config["update"]), field) == value
+    assert getattr(make_update(inner_config(config)), field) == value
+    assert getattr(make_update(composed()["update"]), field) != value
 
 
 @pytest.mark.parametrize("preset", [preset for preset in presets("trainer") if preset != "gpu"])
@@ -150,6 +213,14 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["trainer.devices=2"], "trainer.devices=1"),
         (["update.lr=0"], "update.lr=0: give a number above 0"),
         (["update.steps=0"], "update.steps=0: give 1 or more"),
+        (["update.l1=-1"], "update.l1=-1: give 0 or more"),
+        (["update.l1=abc"], "update.l1=abc: give a number"),
+        (["update.loss.darc1=-1"], "update.loss.darc1=-1: give 0 or more"),
+        (["update.loss.darc1=abc"], "update.loss.darc1=abc: give a number"),
+        (["update.loss.label_smoothing=1"], "update.loss.label_smoothing=1: give 0 or more, below 1"),
+        (["update.loss=abc"], "update.loss=abc: give a loss with its _target_"),
+        (["update.loss=null"], "update.loss=None: give a loss with its _target_"),
+        (["+algo.inner.loss.darc1=0.1"], "algo.inner.loss={'darc1': 0.1}: give a loss with its _target_"),
         (["update.batchnorm=none"], "running"),
         (["update.adapts=everything"], "decoder"),
         (["+algo.inner.step=3"], "did you mean steps"),

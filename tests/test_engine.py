@@ -15,8 +15,9 @@ from metaseg.algos import Fomaml, Joint, Reptile
 from metaseg.engine import Fast, Reference, auto
 from metaseg.engine.flat import flat, flat_statistics, gather, ordered_parameters
 from metaseg.episode import Batch, Episode
-from metaseg.models import EfficientLab
-from metaseg.models.efficientlab import Dropout
+from metaseg.losses import SegmentationLoss
+from metaseg.models import DeepLab, EfficientLab
+from metaseg.models.network import Dropout
 from metaseg.update import Cosine, Update
 
 SIZE, K = 32, 4
@@ -108,10 +109,30 @@ def test_whatever_statistics_predict(policy: str) -> None:
     agree(plain, fast, theta, omega)
 
 
+@pytest.mark.parametrize("optimizer", [partial(SGD), partial(AdamW)])
+@pytest.mark.parametrize("part", ["all", "decoder"])
+def test_whatever_regularises(optimizer: partial[torch.optim.Optimizer], part: str) -> None:
+    lr = 0.01 if optimizer.func is SGD else 1e-4
+    loss = SegmentationLoss(label_smoothing=0.1, darc1=0.01)
+    omega = replace(OMEGA, optimizer=optimizer, lr=lr, adapts=part, l1=1e-3, loss=loss)
+    theta, plain, fast = both(omega)
+    agree(plain, fast, theta, omega)
+
+
+@pytest.mark.parametrize(
+    "network", [partial(EfficientLab, residual=False), partial(DeepLab, skip=None), partial(DeepLab, rates=(1, 2))]
+)
+def test_whatever_the_decoders_are(network: partial[nn.Module]) -> None:
+    torch.manual_seed(0)
+    theta = network("tf_efficientnet_lite0").double()
+    agree(Reference(theta, OMEGA), Fast(theta, OMEGA), theta, OMEGA)
+
+
 @pytest.mark.parametrize(
     ("algo", "omega"),
     [
         (Reptile(shots=5), OMEGA),
+        (Fomaml(shots=5), replace(OMEGA, adapts="head", l1=1e-3)),
         (Fomaml(shots=5), OMEGA),
         (Fomaml(shots=5), replace(OMEGA, adapts="head", optimizer=partial(SGD, momentum=0.9))),
         (Joint(), replace(OMEGA, lr=1.0, steps=1, schedule=lambda progress: 1.0)),
@@ -127,9 +148,22 @@ def test_meta_gradients_are_the_plain_loops(algo: Reptile, omega: Update) -> Non
 
 
 def test_optimizers_that_flat_storage_would_change_are_refused() -> None:
-    for optimizer in (partial(RMSprop), partial(SGD, momentum=0.9, dampening=0.1)):
+    for optimizer in (partial(RMSprop), partial(SGD, momentum=0.9, dampening=0.1), partial(Adam, foreach=True)):
         with pytest.raises(ValueError, match="choose one of them, or engine=reference"):
             Fast(make_net(), replace(OMEGA, optimizer=optimizer))
+
+
+def test_what_the_loss_does_not_reach_decays_in_every_engine() -> None:
+    theta = make_net().double()
+    theta.unused = nn.Conv2d(3, 4, 1).double()
+    omega = replace(OMEGA, weight_decay=0.1)
+    plain, fast = Reference(theta, omega), Fast(theta, omega)
+    one = episode(omega)
+    plain(theta, one)
+    fast(theta, one)
+    decayed = plain.phi.unused.weight.norm()
+    assert decayed < theta.unused.weight.norm()
+    torch.testing.assert_close(fast.phi.unused.weight.norm(), decayed)
 
 
 # Flat storage
@@ -242,9 +276,10 @@ def test_a_graph_is_captured_for_each_shape_and_theta_may_move(on_cuda: tuple[nn
     (adapt,) = auto(theta, omega, precision="fp32", lanes=1).adapters
     for size in (64, 96, 64):
         there = episode(omega, size=size).to(torch.device("cuda"))
+        start = flat(theta).cpu()
         truth, _ = adapted(Reference(theta, omega), theta, there)
         phi, _ = adapted(adapt, theta, there)
-        close(phi - flat(theta), truth - flat(theta), 2e-2)
+        close(phi - start, truth - start, 2e-2)
         with torch.no_grad():
             flat(theta).add_(1e-3 * flat(theta).sign())
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metaseg.losses import segmentation_loss, soft_iou
+from metaseg.losses import SegmentationLoss, segmentation_loss, soft_iou
 
 
 def logits_of(probability: torch.Tensor) -> torch.Tensor:
@@ -99,3 +99,53 @@ def test_the_gradient_is_that_of_the_differences() -> None:
 def test_masks_of_any_integer_dtype(dtype: torch.dtype) -> None:
     masks = torch.tensor([[[1, 1], [0, 0]]], dtype=dtype)
     assert segmentation_loss(torch.zeros(1, 2, 2, 2), masks).item() == pytest.approx(2 * math.log(2), abs=1e-5)
+
+
+# Options
+
+
+def test_label_smoothing_is_in_the_cross_entropy_alone() -> None:
+    """Each pixel is right with 0.8, dice is 2/3; of the target, ε/2 = 0.1 goes to the other class."""
+    masks = torch.tensor([[[1, 0], [0, 0]]])
+    logits = logits_of(torch.tensor([[[0.8, 0.2], [0.2, 0.2]]]))
+    loss = SegmentationLoss(label_smoothing=0.2)(logits, masks)
+    cross_entropy = -(0.9 * math.log(0.8) + 0.1 * math.log(0.2))
+    assert loss.item() == pytest.approx(cross_entropy - math.log(2 / 3), abs=1e-5)
+
+
+def test_darc1_is_the_largest_mean_absolute_output() -> None:
+    """|outputs| of channel 0: 1 + 2 + 3 + 0 over two images, mean 3/2; of channel 1: 0 + 0 + 4 + 1, mean 5/4."""
+    logits = torch.tensor([[[[1.0, -2.0]], [[0.0, 0.0]]], [[[3.0, 0.0]], [[-4.0, 1.0]]]])
+    masks = torch.tensor([[[1, 0]], [[0, 1]]])
+    added = SegmentationLoss(darc1=0.1)(logits, masks) - segmentation_loss(logits, masks)
+    assert added.item() == pytest.approx(0.1 * 1.5, abs=1e-6)
+    added = SegmentationLoss(darc1=0.1)(logits[1:], masks[1:]) - segmentation_loss(logits[1:], masks[1:])
+    assert added.item() == pytest.approx(0.1 * 2.5, abs=1e-6)
+
+
+def test_darc1_pulls_on_one_channel_alone() -> None:
+    """By λ / (pixels of the batch) times the sign."""
+    logits = torch.tensor([[[[1.0, -2.0]], [[0.5, 0.5]]]], requires_grad=True)
+    masks = torch.tensor([[[1, 0]]])
+    (with_darc1,) = torch.autograd.grad(SegmentationLoss(darc1=0.1)(logits, masks), logits)
+    (plain,) = torch.autograd.grad(segmentation_loss(logits, masks), logits)
+    expected = torch.tensor([[[[0.05, -0.05]], [[0.0, 0.0]]]])
+    torch.testing.assert_close(with_darc1 - plain, expected)
+
+
+def test_the_plain_loss_has_no_option_on() -> None:
+    assert segmentation_loss == SegmentationLoss(label_smoothing=0.0, darc1=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("label_smoothing", 1.0, "0 or more, below 1"),
+        ("label_smoothing", -0.1, "0 or more, below 1"),
+        ("darc1", -1.0, "0 or more"),
+        ("darc1", float("nan"), "0 or more"),
+    ],
+)
+def test_impossible_options_are_refused_with_a_cure(name: str, value: float, cure: str) -> None:
+    with pytest.raises(ValueError, match=rf"^update\.loss\.{name}={value}: give {cure}$"):
+        SegmentationLoss(**{name: value})

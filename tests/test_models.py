@@ -1,7 +1,8 @@
-"""EfficientLab against golden sizes and a slow restatement of its decoder; weights, their sources and their faults."""
+"""Networks against golden sizes and slow restatements of their decoders; weights, their sources and their faults."""
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from metaseg.errors import WeightsError
-from metaseg.models import EfficientLab
+from metaseg.models import DeepLab, EfficientLab
 from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
+from metaseg.models.deeplab import ASPP, SkipDecoder
 from metaseg.models.efficientlab import ResidualSkipDecoder
 
 B0, LITE0 = "tf_efficientnet_b0", "tf_efficientnet_lite0"
@@ -47,6 +49,60 @@ def test_parameters_of_efficientlab_6_3() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [(LITE0, 700_768), ("efficientnet_b3", 2_190_154)])
 def test_parameters_of_other_backbones(name: str, parameters: int) -> None:
     assert size(Backbone(name)) == parameters
+
+
+def unit_size(channels_in: int, channels_out: int, kernel: int) -> int:
+    """Convolution with bias, and batch norm's scale and offset."""
+    return channels_in * channels_out * kernel**2 + channels_out + 2 * channels_out
+
+
+@pytest.mark.parametrize(
+    ("rsd", "skips"), [((16,), [112]), ((8,), [40]), ((2,), [16]), ((16, 8, 4), [112, 40, 24]), ((8, 2), [40, 16])]
+)
+def test_parameters_wherever_the_rsds_are(rsd: Any, skips: list[int]) -> None:
+    """Both 112 + skip wide: a 1×1 and a 3×3 unit; then a 3×3 unit of both branches and the means."""
+    net = EfficientLab(B0, rsd=rsd)
+    expected = [
+        unit_size(112 + s, 112, 1) + unit_size(112 + s, 112, 3) + unit_size(224 + 112 + s, 112, 3) for s in skips
+    ]
+    assert [size(decoder) for decoder in net.decoders] == expected
+    assert size(net) == 851_808 + sum(expected) + 226
+
+
+def test_an_rsd_without_residual_has_nothing_to_match() -> None:
+    """Of as many channels as its result, up is added as it is; else a 1×1 unit comes first."""
+    assert size(ResidualSkipDecoder(6, 4, 6)) == size(ResidualSkipDecoder(6, 4, 6, residual=False))
+    with_unit, without = ResidualSkipDecoder(7, 4, 5), ResidualSkipDecoder(7, 4, 5, residual=False)
+    assert size(with_unit) - size(without) == unit_size(7, 5, 1)
+
+
+def test_parameters_of_deeplab() -> None:
+    net = DeepLab(B0, skip=4)
+    aspp = 2 * unit_size(112, 112, 1) + 3 * unit_size(112, 112, 3) + unit_size(5 * 112, 112, 1)
+    decoder = unit_size(24, 48, 1) + unit_size(112 + 48, 112, 3) + unit_size(112, 112, 3)
+    assert [size(part) for part in net.decoders] == [aspp, decoder] == [428_512, 276_144]
+    assert size(net) == 851_808 + 428_512 + 276_144 + 226 == 1_556_690
+    assert size(DeepLab(B0, skip=None)) == 851_808 + 428_512 + 226 == 1_280_546
+
+
+@pytest.mark.parametrize(("skip", "width"), [(8, 40), (2, 16)])
+def test_parameters_of_deeplab_with_another_skip(skip: Any, width: int) -> None:
+    assert size(DeepLab(B0, skip=skip)) == 1_556_690 + (width - 24) * 48
+
+
+def test_parameters_of_deeplab_with_other_rates() -> None:
+    fewer = unit_size(112, 112, 3) + 112 * 112  # a branch, and its share of the projection
+    assert size(DeepLab(B0, skip=None, rates=(2, 4))) == 1_280_546 - fewer
+
+
+def test_names_in_a_saved_initialisation_stay() -> None:
+    names = EfficientLab(B0).state_dict()
+    norm = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+    units = rf"(point|dilated|fuse)\.(0\.(weight|bias)|2\.{norm})"
+    ours = {name for name in names if not name.startswith("backbone.")}
+    assert all(re.fullmatch(rf"decoders\.[01]\.{units}|head\.(weight|bias)", name) for name in ours)
+    assert len(ours) == 2 * 3 * 7 + 2
+    assert {name.removeprefix("backbone.") for name in names.keys() - ours} < timm.create_model(B0).state_dict().keys()
 
 
 def test_b3_decodes_in_136_channels() -> None:
@@ -104,15 +160,29 @@ def unit(x: Array, module: nn.Module, dilation: int = 1) -> Array:
     return (x - mean) / np.sqrt(variance + 1e-3) * scale + offset
 
 
-def decode(deep: Array, skip: Array, rsd: Any, channels: int) -> Array:
+def decode(deep: Array, skip: Array, rsd: Any, channels: int, residual: bool = True) -> Array:
     """DESIGN.md §5, word for word."""
     up = bilinear(deep, *skip.shape[2:])
     x = np.concatenate([up, skip], axis=1)
-    if up.shape[1] != channels:
+    if residual and up.shape[1] != channels:
         up = unit(up, rsd.match)
     b0, b1 = unit(x, rsd.point), unit(x, rsd.dilated, dilation=2)
     b2 = np.tile(x.mean(axis=(2, 3), keepdims=True), (1, 1, *x.shape[2:]))
-    return unit(np.concatenate([b0, b1, b2], axis=1), rsd.fuse) + up
+    return unit(np.concatenate([b0, b1, b2], axis=1), rsd.fuse) + (up if residual else 0)
+
+
+def pool(x: Array, aspp: Any, rates: Sequence[int]) -> Array:
+    """ASPP: a 1×1 unit, 3×3 units of each dilation and a unit of the tiled mean; all of them through a 1×1 unit."""
+    mean = np.tile(x.mean(axis=(2, 3), keepdims=True), (1, 1, *x.shape[2:]))
+    dilated = [unit(x, module, rate) for module, rate in zip(aspp.dilated, rates, strict=True)]
+    return unit(np.concatenate([unit(x, aspp.point), *dilated, unit(mean, aspp.pooled)], axis=1), aspp.project)
+
+
+def merge(deep: Array, skip: Array, decoder: Any) -> Array:
+    """DeepLabv3+: the upsampled beside the skip connection in 48 channels, then two 3×3 units."""
+    first, second = decoder.merge
+    x = np.concatenate([bilinear(deep, *skip.shape[2:]), unit(skip, decoder.reduce)], axis=1)
+    return unit(unit(x, first), second)
 
 
 def shaken(net: Any) -> Any:
@@ -131,41 +201,84 @@ def shaken(net: Any) -> Any:
 
 @pytest.mark.parametrize(("deep", "skip", "channels"), [(6, 4, 6), (7, 4, 5)])
 @pytest.mark.parametrize("sizes", [((2, 3), (8, 12)), ((3, 3), (3, 3)), ((1, 2), (5, 7)), ((1, 1), (1, 2))])
-def test_rsd_is_its_slow_restatement(deep: int, skip: int, channels: int, sizes: Any) -> None:
-    rsd = shaken(ResidualSkipDecoder(deep, skip, channels))
+@pytest.mark.parametrize("residual", [True, False])
+def test_rsd_is_its_slow_restatement(deep: int, skip: int, channels: int, sizes: Any, residual: bool) -> None:
+    rsd = shaken(ResidualSkipDecoder(deep, skip, channels, residual))
     x, y = (torch.randn(2, c, *hw, dtype=torch.float64) for c, hw in zip((deep, skip), sizes, strict=True))
     with torch.no_grad():
         result = rsd(x, y).numpy()
-    np.testing.assert_allclose(result, decode(x.numpy(), y.numpy(), rsd, channels), atol=1e-10)
+    np.testing.assert_allclose(result, decode(x.numpy(), y.numpy(), rsd, channels, residual), atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "rsd", "mean", "std"),
-    [
-        (B0, (16, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (B0, (4,), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (LITE0, (16, 8, 4, 2), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ],
-)
-def test_efficientlab_is_its_slow_restatement(
-    backbone: str, rsd: Any, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    net = shaken(EfficientLab(backbone, rsd=rsd))
-    images = torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("sizes", [((2, 3), (8, 12)), ((1, 2), (5, 7))])
+def test_a_skip_decoder_is_its_slow_restatement(sizes: Any) -> None:
+    decoder = shaken(SkipDecoder(6, 4, 5))
+    x, y = (torch.randn(2, c, *hw, dtype=torch.float64) for c, hw in zip((6, 4), sizes, strict=True))
+    with torch.no_grad():
+        result = decoder(x, y).numpy()
+    np.testing.assert_allclose(result, merge(x.numpy(), y.numpy(), decoder), atol=1e-10)
 
-    # the backbone: timm's own wrapper, which keeps the later stages and runs them in vain
-    whole = timm.create_model(backbone, features_only=True).double().eval()
+
+@pytest.mark.parametrize("rates", [(6, 12, 18), (1, 2)])
+@pytest.mark.parametrize("size", [(2, 3), (14, 9)])
+def test_aspp_is_its_slow_restatement(rates: Sequence[int], size: tuple[int, int]) -> None:
+    aspp = shaken(ASPP(6, 5, rates))
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    with torch.no_grad():
+        result = aspp(x).numpy()
+    np.testing.assert_allclose(result, pool(x.numpy(), aspp, rates), atol=1e-10)
+
+
+def test_aspp_trains_on_a_single_image() -> None:
+    """A batch norm of one pooled value a channel would refuse to; support sets of one shot are just that."""
+    assert ASPP(6, 5, (1, 2)).train()(torch.randn(1, 6, 4, 4)).isfinite().all()
+
+
+def timm_features(net: EfficientLab | DeepLab, images: torch.Tensor, mean: Any, std: Any) -> dict[int, Array]:
+    """By stride, from timm's own wrapper, which keeps the later stages and runs them in vain."""
+    whole = timm.create_model(net.backbone.name, features_only=True).double().eval()
     assert not whole.load_state_dict(net.backbone.state_dict(), strict=False).unexpected_keys
     normalised = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
-        features = {32 // len(f[0, 0]): f.numpy() for f in whole(normalised)}
-        result = net(images).numpy()
+        return {32 // len(f[0, 0]): f.numpy() for f in whole(normalised)}
 
+
+@pytest.mark.parametrize(
+    ("backbone", "rsd", "residual", "mean", "std"),
+    [
+        (B0, (16, 4), True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (B0, (4,), True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (LITE0, (16, 8, 4, 2), True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        (LITE0, (16, 4), False, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_efficientlab_is_its_slow_restatement(
+    backbone: str, rsd: Any, residual: bool, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    net = shaken(EfficientLab(backbone, rsd=rsd, residual=residual))
+    images = torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = timm_features(net, images, mean, std)
     x = features[16]
     for decoder, stride in zip(net.decoders, rsd, strict=True):
-        x = decode(x, features[stride], decoder, channels=112)
+        x = decode(x, features[stride], decoder, 112, residual)
     expected = bilinear(convolution(x, net.head), 32, 48)
+    with torch.no_grad():
+        result = net(images).numpy()
     assert result.shape == (2, 2, 32, 48)
+    np.testing.assert_allclose(result, expected, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize(("skip", "rates"), [(None, (6, 12, 18)), (4, (6, 12, 18)), (2, (1, 2))])
+def test_deeplab_is_its_slow_restatement(skip: Any, rates: Sequence[int]) -> None:
+    net = shaken(DeepLab(LITE0, skip=skip, rates=rates))
+    images = torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    features = timm_features(net, images, [0.5] * 3, [0.5] * 3)
+    x = pool(features[16], net.decoders[0], rates)
+    if skip is not None:
+        x = merge(x, features[skip], net.decoders[1])
+    expected = bilinear(convolution(x, net.head), 32, 48)
+    with torch.no_grad():
+        result = net(images).numpy()
     np.testing.assert_allclose(result, expected, atol=1e-6 * abs(expected).max())
 
 
@@ -255,9 +368,22 @@ def test_strides_that_do_not_work(rsd: Sequence[Any]) -> None:
     assert "[2, 4, 8, 16]" in str(caught.value)
 
 
-def test_a_backbone_that_is_no_efficientnet() -> None:
+@pytest.mark.parametrize("skip", [16, 5, 32])
+def test_skip_connections_that_do_not_work(skip: Any) -> None:
+    with pytest.raises(ValueError, match=rf"model.skip={skip}: give one of the strides \[2, 4, 8\], or null"):
+        DeepLab(LITE0, skip=skip)
+
+
+@pytest.mark.parametrize("rates", [(), (6, 0)])
+def test_rates_that_do_not_work(rates: Sequence[int]) -> None:
+    with pytest.raises(ValueError, match=r"model.rates=\[.*\]: give dilations of 1 or more"):
+        DeepLab(LITE0, rates=rates)
+
+
+@pytest.mark.parametrize("network", [EfficientLab, DeepLab])
+def test_a_backbone_that_is_no_efficientnet(network: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="model.backbone=resnet18 is a ResNet: choose a timm EfficientNet"):
-        EfficientLab("resnet18")
+        network("resnet18")
 
 
 # ImageNet weights
@@ -330,6 +456,16 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str, part: str) -> None:
     found = loaded.state_dict() if part == "network" else loaded.backbone.state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_deeplab_loads_its_own_weights_and_no_efficientlabs(tmp_path: Path) -> None:
+    for name, net in {"own": DeepLab(LITE0), "other": EfficientLab(LITE0)}.items():
+        torch.save(shaken(net).float().state_dict(), tmp_path / f"{name}.pt")
+    loaded, state = DeepLab(LITE0, weights=str(tmp_path / "own.pt")).state_dict(), torch.load(tmp_path / "own.pt")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    with pytest.raises(WeightsError, match="other.pt holds another network"):
+        DeepLab(LITE0, weights=str(tmp_path / "other.pt"))
 
 
 def test_a_file_with_timms_later_stages_fits(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class Graphs(Fast):
     Args:
         net: a network of θ's architecture, on a CUDA device; copied.
         update: ω.
-        precision: `bf16` computes forward and backward in bfloat16 where autocast allows it and in TF32 elsewhere;
-            weights, loss, gradients and update are float32. `fp32`: float32 throughout, without TF32.
+        precision: `bf16` computes forward and backward in bfloat16 where autocast allows it, and what cuDNN has
+            left in TF32; weights, loss, gradients and update are float32. `fp32`: float32 throughout, without TF32.
     """
 
     def __init__(self, net: nn.Module, update: Update, precision: Precision) -> None:

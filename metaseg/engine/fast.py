@@ -12,7 +12,6 @@ from metaseg.adapt import Adapter
 from metaseg.engine.flat import flat, flat_statistics, in_memory_order, ordered_parameters
 from metaseg.episode import Batch
 from metaseg.errors import ConfigError
-from metaseg.losses import segmentation_loss
 from metaseg.seeding import torch_seed
 from metaseg.update import Update, batchnorm_parameters
 
@@ -77,11 +76,13 @@ class Fast(Adapter):
         runs = [run for run in self._runs if run.values.grad is not None]
         self.phi.train()
         with torch.enable_grad(), self.computing():
-            loss = segmentation_loss(self.phi(images), masks)
+            loss = self.update.loss(self.phi(images), masks)
         parameters = [parameter for run in runs for parameter in run.parameters]
         gradients = iter(torch.autograd.grad(loss, parameters, materialize_grads=True))
         for run in runs:
             torch.cat([in_memory_order(g) for g in islice(gradients, len(run.parameters))], out=run.gradient)
+            if self.update.l1 and not run.norm:
+                run.gradient.add_(run.values.sign(), alpha=self.update.l1)
         self.optimizer.step()
         return loss.detach()
 
@@ -120,9 +121,9 @@ def check_optimizer(update: Update) -> None:
     """
     kind = getattr(update.optimizer, "func", update.optimizer)
     given = getattr(update.optimizer, "keywords", {})
-    if kind not in OPTIMIZERS or given.get("dampening"):
+    if kind not in OPTIMIZERS or given.get("dampening") or given.get("foreach") or given.get("differentiable"):
         names = ", ".join(optimizer.__name__ for optimizer in OPTIMIZERS)
         raise ConfigError(
-            f"the fast engine has {names} (without dampening) as inner optimizers, not "
+            f"the fast engine has {names} (without dampening, foreach or differentiable) as inner optimizers, not "
             f"{getattr(kind, '__name__', kind)}{given or ''}: choose one of them, or engine=reference"
         )

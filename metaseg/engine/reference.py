@@ -4,7 +4,7 @@ A module with its own tensors in their usual layout, the network's formulas as t
 optimizer over its parameters, one task after another.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from metaseg.adapt import Adapter
 from metaseg.engine.flat import gather, ordered_parameters, running_statistics
 from metaseg.episode import Batch
-from metaseg.losses import segmentation_loss
 from metaseg.models import use_shortcuts
 from metaseg.seeding import torch_seed
 from metaseg.update import Update, batchnorm_parameters
@@ -36,7 +35,10 @@ class Reference(Adapter):
 
     def computing(self) -> AbstractContextManager[None]:
         """Float32 throughout: on CUDA, cuDNN would use TF32."""
-        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        if next(self.phi.parameters()).device.type != "cuda":
+            return nullcontext()
+        cudnn = torch.backends.cudnn
+        return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
     def _reset(self, theta: nn.Module) -> None:
         self.phi.load_state_dict(theta.state_dict())
@@ -44,8 +46,8 @@ class Reference(Adapter):
         for parameter in self.update.select(self.phi):
             parameter.requires_grad_(True)
         norms = batchnorm_parameters(self.phi)
-        weights = ordered_parameters(self.phi)[len(norms) :]
-        self.optimizer = self.update.make_optimizer(weights, norms)
+        self.weights = ordered_parameters(self.phi)[len(norms) :]
+        self.optimizer = self.update.make_optimizer(self.weights, norms)
 
     def _step(self, batch: Batch, lr: float, seed: int, everything: bool) -> Tensor:
         if everything:
@@ -54,8 +56,14 @@ class Reference(Adapter):
             group["lr"] = lr
         self.phi.train()
         with torch.enable_grad(), torch_seed(seed), self.computing():
-            loss = segmentation_loss(self.phi(batch.images.contiguous()), batch.masks)
+            loss = self.update.loss(self.phi(batch.images.contiguous()), batch.masks)
+            objective = loss
+            if self.update.l1:
+                objective = loss + self.update.l1 * torch.stack([w.abs().sum() for w in self.weights]).sum()
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            objective.backward()  # type: ignore[no-untyped-call]
+        for parameter in self.phi.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # the loss does not reach it, but it decays
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         return loss.detach()

@@ -26,6 +26,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.name = name
         net = timm.create_model(name, pretrained=False)
         if not isinstance(net, EfficientNet):
             raise ConfigError(
