@@ -191,7 +191,7 @@ def test_right_overrides_pass(right: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "cure"),
     [
-        (["mode=tset"], "choose fit_test, fit or test"),
+        (["mode=tset"], "choose fit_test, fit, test, uho, curves"),
         (["mode=test"], "needs ckpt_path=PATH"),
         (["mode=fit", "algo=finetune"], "nothing to fit"),
         (["mode=test", "ckpt_path=/no/such.ckpt"], "no such file"),

@@ -77,11 +77,14 @@ def score(task: str, *intersections_unions: tuple[int, int], before: tuple[int, 
     def rows(pairs: list[tuple[int, int]]) -> np.ndarray:
         return np.array([[i, u, PIXELS - u, PIXELS - i] for i, u in pairs], dtype=np.float64)
 
+    after = rows(list(intersections_unions))
     return Score(
         task=task,
-        counts=rows(list(intersections_unions)),
-        counts_before=rows([before] * len(intersections_unions)),
-        loss=0.25,
+        steps=(0, 3),
+        counts=np.stack([rows([before] * len(intersections_unions)), after]),
+        losses=np.array([9.0, 0.25]),
+        support_counts=after,
+        support_loss=0.125,
     )
 
 
@@ -136,7 +139,10 @@ def test_the_summary_is_what_results_json_asks_for() -> None:
     result = Evaluation([score(task, (2, 4)) for _ in range(2) for task in ("a", "b", "c")]).summary()
     assert (result["tasks"], result["draws"]) == (3, 2)
     assert result["iou"] == {"mean": pytest.approx(0.5), "ci95": [pytest.approx(0.5), pytest.approx(0.5)]}
-    assert result.keys() == {"tasks", "draws", "iou", "miou_class", "fb_iou", "iou_before_adaptation"}
+    assert result["loss"] == {"mean": 0.25, "ci95": [0.25, 0.25]}
+    assert result["gap_within_task"]["loss"] == {"mean": 0.125, "ci95": [0.125, 0.125]}
+    numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps"}
+    assert result.keys() == numbers | {"gap_within_task"}
 
 
 def test_one_row_an_episode(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -147,3 +153,4 @@ def test_one_row_an_episode(evaluation: Evaluation, tmp_path: Path) -> None:
     assert [float(row["iou"]) for row in rows] == pytest.approx([0.25, 0.25, 0.625], abs=1e-6)
     assert [float(row["iou_before_adaptation"]) for row in rows] == pytest.approx([0, 1, 0], abs=1e-6)
     assert [float(row["loss"]) for row in rows] == [0.25] * 3
+    assert [(row["support_loss"], row["steps"]) for row in rows] == [("0.125", "3")] * 3
