@@ -1,7 +1,6 @@
 """What all networks here share: a backbone below, a 1×1 head above, and what their decoders are made of."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Dropout(nn.Dropout):
         return x * keep.permute(0, 3, 1, 2).mul_(1 / (1 - self.p))
 
 
-class SegmentationNetwork(nn.Module, ABC):
+class SegmentationNetwork(nn.Module):
     """Binary segmentation network: backbone, decoders, dropout, 1×1 head, bilinear upsampling to the input's size.
 
     Args:
@@ -90,9 +89,9 @@ class SegmentationNetwork(nn.Module, ABC):
         logits = self.head(self.dropout(x)).to(self.mean.dtype)  # also where autocast computed it in less
         return upsample(logits, images.shape[2:])
 
-    @abstractmethod
     def decode(self, features: dict[int, Tensor]) -> Tensor:
         """Map the backbone's features by stride, 2 … 16, to those that the head sees, (n, channels, h, w)."""
+        raise NotImplementedError  # no ABC: libraries that patch modules, such as higher, make subclasses of their own
 
     def _load(self, weights: str | None) -> None:
         if weights is None:
