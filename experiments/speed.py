@@ -14,7 +14,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shlex
 import subprocess
@@ -449,16 +448,6 @@ def plot(done: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def machine(device: str) -> str:
-    import torch
-
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in known.splitlines() if "model name" in line), platform.machine())
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -473,6 +462,8 @@ def main() -> None:
     args.test_steps, args.tasks, args.draws, args.evaluations = (59, 16, 15, 1) if on_gpu else (4, 4, 1, 2)
     if args.quick:
         args.repeats, args.evaluations, args.tasks, args.draws = 2, 1, 2, 1
+    from runs import machine  # not above: the contenders' processes shall not import what they are measured with
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     sizes = {str(size): measure(args, size) for size in args.sizes}
     done = {

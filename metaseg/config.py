@@ -256,6 +256,10 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
             f"curves.inits.{name}={path}: there is no such file; give an init.safetensors, imagenet or random",
         )
     yield (
+        draws_them and curves.baseline is not None and curves.baseline not in curves.inits,
+        f"curves.baseline={curves.baseline} is none of curves.inits: {', '.join(map(str, curves.inits or ()))}",
+    )
+    yield (
         draws_them and (config.ckpt_path is not None or config.evaluate.lrs is not None),
         "mode=curves takes its initialisations from curves.inits, and their learning rates from these files: leave "
         "ckpt_path and evaluate.lrs null",

@@ -17,10 +17,10 @@ from rich.table import Table
 from torch import nn
 
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.evaluate import Evaluation, Scoring, evaluate, write_csv
+from metaseg.evaluate import Evaluation, evaluate, write_csv
 from metaseg.initialisation import load_initialisation
-from metaseg.job import Job, create, describe, device_of
-from metaseg.metrics import bootstrap_ci95
+from metaseg.job import Job, create, describe, device_of, scoring_of
+from metaseg.metrics import Floats, bootstrap_ci95
 from metaseg.report import git_commit
 from metaseg.seeding import torch_seed
 from metaseg.update import Update
@@ -42,27 +42,28 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     # all are read, and the most shots asked for, before any work: a mistake shall not cost an afternoon
     inits = {name: initialisation(job, str(path)) for name, path in settings.inits.items()}
     episodes(job, job.update, max(settings.k))
+    first = next(iter(inits))
+    if settings.baseline is not None:
+        inits = {settings.baseline: inits[settings.baseline]} | inits  # gains are over it, so it comes first
+    ious: dict[tuple[str, int], Floats] = {}
     rows: list[Row] = []
     summary: list[Row] = []
     for name, (net, update) in inits.items():
         net.to(device_of(job.config))
         for k in settings.k:
-            scoring = Scoring(
-                net,
-                episodes(job, update, k),
-                update,
-                job.engine,
-                rungs=settings.steps,
-                processes=job.config.evaluate.processes,
-                workers=job.config.workers,
-            )
+            scoring = scoring_of(job, net, episodes(job, update, k), update, settings.steps)
             evaluation = evaluate(scoring, title=f"{name}, {k} shots")
             to_share = [{"steps_to_95": score.steps_to(SHARE)} for score in evaluation.scores]
             rows += [
                 {"init": name, "k": k, "lr": update.lr, **row, **more}
                 for row, more in zip(evaluation.rows(), to_share, strict=True)
             ]
+            ious[name, k] = evaluation.task_ious
             summary.append({"init": name, "k": k, "lr": update.lr, **summarise(evaluation)})
+            if settings.baseline is not None:
+                gains = ious[name, k] - ious[settings.baseline, k]
+                low, high = bootstrap_ci95(gains)
+                summary[-1] |= {"gain": float(gains.mean()), "gain_low": low, "gain_high": high}
             for logger in loggers:
                 logger.log_metrics({f"curves/{name}/iou": evaluation.iou}, step=k)
             write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
@@ -71,7 +72,6 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     (folder / "results.json").write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
     draw(summary, folder / "curves.png")
     show(summary, folder)
-    first = next(iter(inits))
     return next(float(row["iou"]) for row in summary if (row["init"], row["k"]) == (first, max(settings.k)))
 
 
@@ -112,11 +112,11 @@ def summarise(evaluation: Evaluation) -> Row:
 
 
 def draw(summary: Sequence[Row], path: Path) -> None:
-    """IoU and steps to 95 % of it, against shots, a line with its interval for each initialisation."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, value, label in zip(
-        figure.subplots(1, 2), ("iou", "steps_to_95"), ("IoU", "inner steps to 95 % of the final IoU"), strict=True
-    ):
+    """IoU, its gain over the baseline if there is one, and steps to 95 % of it, against shots."""
+    panels = {"iou": "IoU", "gain": "gain in IoU, paired", "steps_to_95": "inner steps to 95 % of the final IoU"}
+    panels = {value: label for value, label in panels.items() if value in summary[0]}
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    for ax, (value, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in dict.fromkeys(row["init"] for row in summary):
             line: dict[str, list[Any]] = {
                 key: [row[key] for row in summary if row["init"] == name]
@@ -132,11 +132,12 @@ def draw(summary: Sequence[Row], path: Path) -> None:
 
 def show(summary: Sequence[Row], folder: Path) -> None:
     """Print the table."""
-    table = Table("init", "k", "lr", "tasks", "IoU", "95 %", "steps", "to 95 %", title="Learning curves")
+    table = Table("init", "k", "lr", "tasks", "IoU", "95 %", "gain", "steps", "to 95 %", title="Learning curves")
     for row in summary:
         interval = f"{row['iou_low']:.3f} … {row['iou_high']:.3f}"
         cells = (row["init"], row["k"], f"{row['lr']:g}", row["tasks"], f"{row['iou']:.3f}", interval)
-        table.add_row(*map(str, cells), f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
+        gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]" if "gain" in row else ""
+        table.add_row(*map(str, cells), gain, f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
     console = Console()
     console.print(table)
     console.print(f"curves.csv, summary.csv, curves.png, results.json: {folder}", soft_wrap=True)

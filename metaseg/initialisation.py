@@ -57,7 +57,7 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
     Raises:
         WeightsError: if the file is unreadable or holds another network.
     """
-    state, about = (_read_safetensors if path.suffix == ".safetensors" else _read_checkpoint)(path)
+    state, about = _read(path)
     theirs, ours = ({**_UNSAID, **m, **dict.fromkeys(_NO_SHAPE)} for m in (about.model, model))
     if theirs != ours:
         differ = [
@@ -66,6 +66,15 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         raise WeightsError(f"{path} holds another network than model=… gives; it was trained with {' '.join(differ)}")
     load_network(net, state, path)
     return about
+
+
+def read_about(path: Path) -> About:
+    """What is known of the θ in an `init.safetensors` or a `.ckpt` of a run.
+
+    Raises:
+        WeightsError: if the file is unreadable.
+    """
+    return _read(path)[1]
 
 
 def check_resumable(path: Path, about: About) -> None:
@@ -85,6 +94,10 @@ def check_resumable(path: Path, about: About) -> None:
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "
             "model.weights=PATH of its init.safetensors to begin a new run from its weights"
         )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], About]:
+    return (_read_safetensors if path.suffix == ".safetensors" else _read_checkpoint)(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], About]:

@@ -112,16 +112,15 @@ def evaluation_episodes(config: DictConfig, source: TaskSource, split: Split, up
 
 def scoring(job: Job, split: Split, update: Update, rungs: Sequence[int] = ()) -> Scoring:
     """The evaluation of θ on a split by ω, yet to be iterated over; scored at `rungs` on the way, too."""
-    config = job.config
-    return Scoring(
-        job.net,
-        evaluation_episodes(config, job.source, split, update),
-        update,
-        job.engine,
-        rungs=rungs,
-        processes=config.evaluate.processes,
-        workers=config.workers,
-    )
+    return scoring_of(job, job.net, evaluation_episodes(job.config, job.source, split, update), update, rungs)
+
+
+def scoring_of(
+    job: Job, net: nn.Module, episodes: EvaluationEpisodes, update: Update, rungs: Sequence[int] = ()
+) -> Scoring:
+    """Likewise of any network, on any episodes, with the job's engine."""
+    processes, workers = job.config.evaluate.processes, job.config.workers
+    return Scoring(net, episodes, update, job.engine, rungs=rungs, processes=processes, workers=workers)
 
 
 def describe(job: Job, about: About) -> dict[str, Any]:

@@ -1,0 +1,221 @@
+"""The experiments' scripts, on a small tree."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from trees import write_splits, write_tree
+
+from metaseg.initialisation import read_about
+from metaseg.run import run as run_config
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+import ablations
+import batchnorm
+import learning_curves
+import lr_grid
+import main_table
+import runs
+import update_search
+
+SCRIPTS = [main_table, ablations, update_search, learning_curves, batchnorm, lr_grid]
+Words = list[str]
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """Behind `--`: a small tree, and seconds of work."""
+    folder = tmp_path_factory.mktemp("data")
+    names = [f"class_{i}" for i in range(6)]
+    root = write_tree(folder / "tree", names)
+    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
+    words = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    return ["debug=fast", "model.weights=null", "logger=csv", *words]
+
+
+def run_here(wanted: Sequence[runs.Run], jobs: int = 1) -> list[Words]:
+    """Do the runs in this process; returns the overrides of those that were not done."""
+    todo = [run for run in wanted if not run.done()]
+    for run in todo:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run_config(runs.composed(run.overrides), run.folder)
+    return [run.overrides for run in todo]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Words]:
+    """The overrides of what is run, as it comes."""
+    seen: list[Words] = []
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "execute", lambda wanted, jobs: seen.extend(run_here(wanted)), raising=False)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def table(data: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a main table's runs, from which the other experiments take their initialisations."""
+    folder = tmp_path_factory.mktemp("table")
+    for row in ("imagenet", "random", "reptile"):
+        run_here([runs.Run(row, 0, folder / f"{row}-s0", [*main_table.ROWS["emoji"][row], *data])])
+    return folder
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_an_algorithm_and_no_run_twice(data: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    words = ["--rows", "imagenet", "reptile", "--tasks", "2", "--seeds", "0", "--jobs", "2", "--out", str(out), "--"]
+    main_table.main([*words, *data])
+    table = {row["row"]: row for row in read(out / "main_table.csv")}
+    assert list(table) == ["imagenet", "reptile"]
+    difference = float(table["reptile"]["iou"]) - float(table["imagenet"]["iou"])
+    assert float(table["reptile"]["gain"]) == pytest.approx(difference, abs=2e-4)
+    assert table["imagenet"]["gain"] == ""
+    assert table["reptile"]["tasks"] == "2"
+    for name in ("main_table.png", "predictions.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 100
+    about = json.loads((out / "main_table.json").read_text())
+    assert about["seeds"] == [0]
+    assert about["minutes_of_runs"] >= 0
+    assert about["commit"] == [json.loads((out / "reptile-s0" / "results.json").read_text())["git_commit"]]
+
+    results = {row: out / f"{row}-s0" / "results.json" for row in table}
+    before = {row: path.stat().st_mtime_ns for row, path in results.items()}
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("run again"))
+    main_table.main([*words, *data])
+    assert {row: path.stat().st_mtime_ns for row, path in results.items()} == before
+    with pytest.raises(pytest.fail.Exception, match="run again"):
+        main_table.main([*words, *data, "update.steps=3"])  # another configuration is another run
+
+
+def test_a_failing_run_shows_its_end(data: Words, tmp_path: Path) -> None:
+    words = ["--rows", "reptile", "--tasks", "2", "--out", str(tmp_path), "--", *data, "trainer.max_steps=0"]
+    with pytest.raises(SystemExit, match=r"seed 0 failed \(1\)[\s\S]*trainer.max_steps=0"):
+        main_table.main(words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
+def test_every_form_names_presets_that_there_are(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Path
+) -> None:
+    words: list[Words] = []
+    monkeypatch.setattr(
+        script, "execute", lambda runs, jobs: words.extend(run.overrides for run in runs), raising=False
+    )
+    monkeypatch.setattr(
+        script, "column", lambda row, seed, lr, chosen, steps: words.append(chosen) or [], raising=False
+    )
+    monkeypatch.setattr(script, "create", lambda *_, **__: None, raising=False)
+    options = (
+        [] if script in (main_table, ablations) else [f"--main-table={table}", "--rows", "reptile", "--seeds", "0"]
+    )
+    for form in ("emoji", "fss1000"):
+        with pytest.raises((FileNotFoundError, IndexError)):  # what the runs would have left
+            script.main([f"--data={form}", f"--out={tmp_path / form}", *options])
+        assert words
+        for overrides in words:
+            config = runs.composed(overrides)
+            on_fss = form == "fss1000"
+            assert (config.dataset._target_.split(".")[2] in ("fss1000", "fpk")) == on_fss
+            assert (config.dataset.image_size == 224) == on_fss
+        words.clear()
+
+
+def test_an_ablation_changes_network_and_training(data: Words, in_process: list[Words], tmp_path: Path) -> None:
+    rows = ["6-3", "3", "aspp", "l1"]
+    ablations.main(["--rows", *rows, "--tasks=2", "--seeds=0", "--jobs=1", f"--out={tmp_path}", "--", *data])
+    found = {row["row"]: row for row in read(tmp_path / "ablations.csv")}
+    assert {row: found[row]["parameters"] for row in rows} == {
+        "6-3": "1920674",  # the counts of the models' own tests
+        "3": "1217202",
+        "aspp": "1129506",
+        "l1": "1920674",
+    }
+    assert [words[words.index("update.l1=1e-5") - 1] for words in in_process if "update.l1=1e-5" in words] == [
+        "update.weight_decay=0"
+    ]
+    assert (tmp_path / "ablations.png").read_bytes().startswith(PNG)
+
+
+def test_update_search_compares_on_the_test_tasks(
+    data: Words, in_process: list[Words], table: Path, tmp_path: Path
+) -> None:
+    words = ["--rows", "reptile", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
+    few = ["uho.trials=2", "uho.random=1", "uho.steps=[1,2]"]
+    update_search.main([*words, "--", *data, *few])
+    default, best, found = read(tmp_path / "update_search.csv")
+    assert (default["row"], found["row"]) == ("default ω", "ω* (UHO)")
+    chosen = read_about(table / "reptile-s0" / "init.safetensors").update["lr"]
+    assert float(best["update_lr"]) == chosen
+    assert float(found["gain"]) == pytest.approx(float(found["iou"]) - float(default["iou"]), abs=2e-4)
+    assert float(found["val_iou"]) >= float(default["val_iou"])  # the default is the search's first trial
+    for name in ("uho-s0.png", "gain.png", "update_search.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    assert (tmp_path / "update-s0.yaml").read_text().count("lr:") == 1
+
+
+def test_learning_curves_give_gains_over_imagenet(
+    data: Words, in_process: list[Words], table: Path, tmp_path: Path
+) -> None:
+    words = ["--rows", "reptile", "--tasks=2", f"--main-table={table}", f"--out={tmp_path}"]
+    few = ["curves.k=[1,5]", "curves.queries=2", "curves.steps=[1]", "dataset.min_images=7"]
+    learning_curves.main([*words, "--", *data, *few])
+    found = {(row["init"], row["k"]): row for row in read(tmp_path / "summary.csv")}
+    assert {init for init, _ in found} == {"reptile", "imagenet", "random"}
+    for k in ("1", "5"):
+        gain = float(found["reptile", k]["iou"]) - float(found["imagenet", k]["iou"])
+        assert float(found["reptile", k]["gain"]) == pytest.approx(gain, abs=2e-4)
+        assert float(found["imagenet", k]["gain"]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_batch_norm_policies_share_their_inner_steps(
+    data: Words, in_process: list[Words], table: Path, tmp_path: Path
+) -> None:
+    words = ["--rows", "reptile", "--seeds=0", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
+    batchnorm.main([*words, "--", *data])
+    found = read(tmp_path / "batchnorm.csv")
+    assert [row["row"] for row in found] == ["reptile, running", "reptile, support", "reptile, batch"]
+    assert len({row["update_lr"] for row in found}) == 1
+    assert found[0]["gain"] == ""
+
+
+def test_the_grid_scores_validation_tasks_on_the_way(
+    data: Words, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(lr_grid.LRS, "emoji", (0.01, 0.1))
+    monkeypatch.setitem(lr_grid.STEPS, "emoji", (1, 3))
+    words = ["--rows", "reptile", "--tasks=2", f"--main-table={table}", f"--out={tmp_path}"]
+    lr_grid.main([*words, "--", *data, "update.steps=3", "evaluate.val_tasks=2"])
+    found = read(tmp_path / "lr_grid.csv")
+    assert [(row["lr"], row["steps"]) for row in found] == [("0.01", "1"), ("0.01", "3"), ("0.1", "1"), ("0.1", "3")]
+    assert all(row["tasks"] == "2" for row in found)
+    assert (tmp_path / "lr_grid.png").read_bytes().startswith(PNG)
+
+
+def test_a_missing_initialisation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"reptile-s0/init.safetensors: run experiments/main_table.py first"):
+        batchnorm.main(["--rows", "reptile", "--seeds=0", f"--main-table={tmp_path}", f"--out={tmp_path}"])
+
+
+def test_a_new_initialisation_is_tested_again(
+    data: Words, in_process: list[Words], table: Path, tmp_path: Path
+) -> None:
+    words = ["--rows", "reptile", "--seeds=0", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
+    batchnorm.main([*words, "--", *data])
+    batchnorm.main([*words, "--", *data])
+    assert len(in_process) == 3
+    init = table / "reptile-s0" / "init.safetensors"
+    init.write_bytes(init.read_bytes())
+    batchnorm.main([*words, "--", *data])
+    assert len(in_process) == 6
