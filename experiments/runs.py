@@ -177,7 +177,7 @@ def summarise(runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         "miou_class": float(np.mean([r["test"]["miou_class"] for r in results])),
         "fb_iou": float(np.mean([r["test"]["fb_iou"] for r in results])),
         "iou_before_adaptation": float(np.mean([r["test"]["iou_before_adaptation"] for r in results])),
-        "val_iou": float(np.mean([r["val"]["iou"]["mean"] for r in results])),
+        "val_iou": float(np.mean([r["val"]["iou"]["mean"] if r["val"] else r["uho"]["val_iou"] for r in results])),
         "update_lr": " ".join(f"{r['update']['lr']:.3g}" for r in results),
         "steps": " ".join(str(r["update"]["steps"]) for r in results),
         "iou_by_seed": " ".join(f"{r['test']['iou']['mean']:.4f}" for r in results),
