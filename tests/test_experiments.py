@@ -13,7 +13,6 @@ from PIL import Image
 from trees import write_splits, write_tree
 
 from metaseg.config import config_sha256, inner_config, make_update
-from metaseg.initialisation import read_about
 from metaseg.run import run as run_config
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
@@ -118,9 +117,9 @@ def test_every_form_names_presets_that_there_are(
         script, "column", lambda row, seed, lr, chosen, steps: words.append(chosen) or [], raising=False
     )
     monkeypatch.setattr(script, "create", lambda *_, **__: None, raising=False)
-    options = (
-        [] if script in (main_table, ablations) else [f"--main-table={table}", "--rows", "imagenet", "--seeds", "0"]
-    )
+    theta = [f"--main-table={table}", "--rows", "imagenet", "--seeds", "0"]
+    searched = [f"--main-table={table}", "--inits", "imagenet-s0"]
+    options = {main_table: [], ablations: [], update_search: searched}.get(script, theta)
     for form in ("emoji", "fss1000"):
         with pytest.raises((FileNotFoundError, IndexError)):  # what the runs would have left
             script.main([f"--data={form}", f"--out={tmp_path / form}", *options])
@@ -151,18 +150,16 @@ def test_every_ablation_differs_from_the_others() -> None:
 def test_update_search_compares_on_the_test_tasks(
     data: Words, in_process: list[Words], table: Path, tmp_path: Path
 ) -> None:
-    words = ["--rows", "reptile", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
-    few = ["uho.trials=2", "uho.random=1", "uho.steps=[1,2]"]
+    words = ["--inits", "reptile-s0", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
+    few = ["uho.trials=2", "uho.random=1", "uho.steps=[1]"]
     update_search.main([*words, "--", *data, *few])
-    default, best, found = read(tmp_path / "update_search.csv")
-    assert (default["row"], found["row"]) == ("default ω", "ω* (UHO)")
-    chosen = read_about(table / "reptile-s0" / "init.safetensors").update["lr"]
-    assert float(best["update_lr"]) == chosen
+    default, found = read(tmp_path / "update_search.csv")
+    assert (default["row"], found["row"]) == ("reptile-s0, default ω", "reptile-s0, ω* (UHO)")
     assert float(found["gain"]) == pytest.approx(float(found["iou"]) - float(default["iou"]), abs=2e-4)
     assert float(found["val_iou"]) >= float(default["val_iou"])  # the default is the search's first trial
-    for name in ("uho-s0.png", "gain.png", "update_search.png"):
+    for name in ("reptile-s0-search.png", "reptile-s0-gain.png", "update_search.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
-    assert (tmp_path / "update-s0.yaml").read_text().count("lr:") == 1
+    assert (tmp_path / "reptile-s0-update.yaml").read_text().count("lr:") == 1
 
 
 def test_learning_curves_give_gains_over_imagenet(
