@@ -204,7 +204,7 @@ def test_wandb_keeps_the_whole_run_offline(data: tuple[str, ...], tmp_path: Path
     value = job(tmp_path, *data, "algo=reptile", "seed=3")
     assert wandb.run is None
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    found = wandb_files.records(path)
+    found = wandb_files.finished(path)
     assert wandb_files.exit_code(found) == 0
     config = wandb_files.config(found)
     assert config["seed"] == 3
@@ -232,7 +232,7 @@ def test_a_failed_run_says_so_to_wandb(data: tuple[str, ...], tmp_path: Path, mo
         job(tmp_path, *data, "algo=finetune")
     assert wandb.run is None
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert wandb_files.exit_code(wandb_files.records(path)) == 1
+    assert wandb_files.exit_code(wandb_files.finished(path)) == 1
 
 
 @pytest.mark.parametrize(

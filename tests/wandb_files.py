@@ -2,17 +2,29 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
+SECONDS = 30  # W&B's service writes the end of a run after `finish` has returned, late on a busy machine
 HEADER, BLOCK = 7, 32 * 1024
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
+def finished(path: Path) -> list[Record]:
+    """All records of a `.wandb` file, once its run has ended."""
+    for _ in range(10 * SECONDS):
+        found = records(path)
+        if any(record.HasField("exit") for record in found):
+            break
+        time.sleep(0.1)
+    return found
+
+
 def records(path: Path) -> list[Record]:
-    """All records of a `.wandb` file."""
+    """All records of a `.wandb` file, as far as it is written."""
     data = path.read_bytes()
     assert data[:4] == b":W&B"
     found, parts, at = [], b"", HEADER
