@@ -124,14 +124,19 @@ def scoring_of(
 
 
 def describe(job: Job, about: About) -> dict[str, Any]:
-    """What ran on what, for the head of results.json."""
+    """What ran on what, for the head of results.json.
+
+    `dataset` and `splits_sha256` are of the tested source; what θ was meta-trained on, if it was, is `trained_on`.
+    """
     config, e = job.config, job.config.evaluate
+    trained_on = {"dataset": about.dataset, "splits_sha256": about.splits_sha256} if about.meta_steps else None
     return {
         "config_sha256": config_sha256(config),
         "mode": config.mode,
         "algo": about.algo,
         "dataset": job.source.name,
-        "splits_sha256": about.splits_sha256,
+        "splits_sha256": splits_sha256(job.source),
+        "trained_on": trained_on,
         "episodes": {  # with the splits and the shots, what they were drawn from
             "seed": e.seed,
             "queries": e.queries,

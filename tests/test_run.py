@@ -66,6 +66,7 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     assert (found["schema"], found["algo"], found["dataset"], found["shots"]) == (1, "fomaml_star", "folder", 5)
     assert (found["meta_steps"], found["seed"], found["device"], found["batchnorm"]) == (2, 0, "cpu", "support")
     assert len(found["splits_sha256"]) == 64
+    assert found["trained_on"] == {"dataset": "folder", "splits_sha256": found["splits_sha256"]}
     drawn = {"seed": 0, "queries": 5, "draws": 2, "image_size": 32, "images": 80, "data_seed": None}
     assert found["episodes"] == drawn
     assert compare([folder], [folder]).iou.a.mean() == pytest.approx(headline)
@@ -142,6 +143,19 @@ def test_testing_a_finished_run_gives_its_numbers(
     found, first = results(tmp_path), results(folder)
     for part in ("val", "test", "algo", "meta_steps", "seed", "update"):
         assert found[part] == first[part]
+
+
+def test_a_theta_of_other_data_is_compared_on_the_tested_ones(finished: tuple[Path, float], tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", ["x", "y"])
+    splits = write_splits(tmp_path / "splits.json", [], [], ["x", "y"])
+    there = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32", "mode=test"]
+    job(tmp_path / "imagenet", *there, "algo=finetune", "logger=csv")
+    job(tmp_path / "ours", *there, "algo=fomaml_star", f"ckpt_path={finished[0]}/init.safetensors", "logger=csv")
+    assert compare([tmp_path / "imagenet"], [tmp_path / "ours"]).tasks == ("x", "y")
+    trained = results(finished[0])
+    assert results(tmp_path / "ours")["trained_on"] == trained["trained_on"]
+    assert results(tmp_path / "ours")["splits_sha256"] != trained["splits_sha256"]
+    assert results(tmp_path / "imagenet")["trained_on"] is None
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: tuple[Path, float], data: tuple[str, ...]) -> None:
