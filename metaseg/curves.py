@@ -18,7 +18,7 @@ from torch import nn
 
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.evaluate import Evaluation, evaluate, write_csv
-from metaseg.initialisation import load_initialisation
+from metaseg.initialisation import check_held_out, load_initialisation
 from metaseg.job import Job, create, describe, device_of, scoring_of
 from metaseg.metrics import Floats, bootstrap_ci95
 from metaseg.report import git_commit
@@ -82,6 +82,7 @@ def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
     if path in NAMED:
         return net, job.update
     about = load_initialisation(net, Path(path), job.about.model)
+    check_held_out(about, job.source, ["test"], f"{path} of curves.inits")
     return net, replace(job.update, lr=about.update["lr"])
 
 

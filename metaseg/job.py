@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.config import check, config_sha256, inner_config, make_update, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256
+from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256, task_ids
+from metaseg.errors import WeightsError
 from metaseg.evaluate import Scoring
-from metaseg.initialisation import About, check_resumable, load_initialisation
+from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
 from metaseg.update import Update
 
@@ -72,10 +74,26 @@ def build(config: DictConfig) -> Job:
         seed=config.seed,
         meta_steps=0,
         update=plain(config["update"]),
+        seen=tasks_seen(config, source),
     )
     if algo and config.ckpt_path is not None:
         check_resumable(Path(config.ckpt_path), about)
+    tested, theta = about, f"model.weights={config.model.get('weights')}"
+    if config.ckpt_path is not None and not algo:
+        tested, theta = read_about(Path(config.ckpt_path)), f"ckpt_path={config.ckpt_path}"
+    check_held_out(tested, source, splits_to_score(config, source), theta)
     return Job(config, source, net, update, algo, inner, create(config.engine), about)
+
+
+def tasks_seen(config: DictConfig, source: TaskSource) -> dict[str, list[str]]:
+    """`About.seen` of a θ that this run makes: its own tasks, and those of the θ that it begins from."""
+    seen: dict[str, list[str]] = {"train": [], "val": []}
+    if config.model.get("weights") not in (None, "imagenet"):
+        with suppress(WeightsError):  # weights that are not metaseg's own saw none of its tasks
+            seen |= read_about(Path(config.model.weights).expanduser()).seen or {}
+    if trains(config):
+        seen = {split: sorted({*seen[split], *task_ids(source, split)}) for split in ("train", "val")}
+    return seen
 
 
 def load(job: Job) -> About:

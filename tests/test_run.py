@@ -23,7 +23,7 @@ from trees import write_splits, write_tree
 from metaseg.compare import compare
 from metaseg.config import config_dir
 from metaseg.errors import ConfigError, DataError, WeightsError
-from metaseg.initialisation import load_initialisation
+from metaseg.initialisation import load_initialisation, read_about
 from metaseg.run import run, validation_interval
 
 CLASSES = [f"class_{i}" for i in range(8)]
@@ -156,6 +156,40 @@ def test_a_theta_of_other_data_is_compared_on_the_tested_ones(finished: tuple[Pa
     assert results(tmp_path / "ours")["trained_on"] == trained["trained_on"]
     assert results(tmp_path / "ours")["splits_sha256"] != trained["splits_sha256"]
     assert results(tmp_path / "imagenet")["trained_on"] is None
+
+
+@pytest.mark.parametrize("theta", ["ckpt_path={}/init.safetensors", "ckpt_path={}/checkpoints/best.ckpt"])
+@pytest.mark.parametrize("mode", ["test", "uho"])
+def test_classes_that_theta_has_seen_are_not_tested(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path, theta: str, mode: str
+) -> None:
+    """Another split of the same classes: two that it learned from, and one that chose its checkpoint, are now test."""
+    splits = write_splits(tmp_path / "splits.json", CLASSES[6:7], CLASSES[7:], CLASSES[2:5])
+    overrides = [*data, f"dataset.splits={splits}", f"mode={mode}", theta.format(finished[0]), "logger=csv"]
+    with pytest.raises(ConfigError, match="on 3 classes of the test split of folder: class_2, class_3, class_4"):
+        job(tmp_path / "run", *overrides)
+    assert list((tmp_path / "run").iterdir()) == []
+    curves = ["mode=curves", f"curves.inits={{ours:{finished[0]}/init.safetensors}}", "curves.k=[1]"]
+    with pytest.raises(ConfigError, match="safetensors of curves.inits was .* on 3 classes of the test split"):
+        job(tmp_path / "curves", *data, f"dataset.splits={splits}", *curves, "curves.queries=2", "logger=csv")
+
+
+def test_a_run_from_another_runs_weights_has_seen_their_tasks_too(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path
+) -> None:
+    root = write_tree(tmp_path / "tree", ["u", "v", "x"])
+    splits = write_splits(tmp_path / "splits.json", ["u"], ["v"], ["x"])
+    there = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    weights = f"model.weights={finished[0]}/init.safetensors"
+    job(tmp_path / "run", *there, weights, "mode=fit", "algo=reptile", "trainer.max_steps=1", "logger=csv")
+    seen = read_about(tmp_path / "run" / "init.safetensors").seen
+    assert seen == {
+        "train": [f"folder/{name}" for name in (*CLASSES[:4], "u")],
+        "val": [f"folder/{name}" for name in (*CLASSES[4:6], "v")],
+    }
+    swapped = write_splits(tmp_path / "swapped.json", [], CLASSES[6:7], CLASSES[:1])
+    with pytest.raises(ConfigError, match="model.weights=.*1 classes of the test split of folder: class_0"):
+        job(tmp_path / "other", *data, f"dataset.splits={swapped}", weights, "algo=finetune", "mode=test")
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: tuple[Path, float], data: tuple[str, ...]) -> None:

@@ -46,7 +46,7 @@ class FolderSource:
     Images are read as they are stored: a JPEG's EXIF rotation is not applied.
     """
 
-    name = "folder"
+    name = family = "folder"
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class FpkSource:
         DataError: if a root cannot be used, or one of the five classes has no sound image in one of the data sets.
     """
 
-    name = "fpk"
+    name, family = "fpk", "fss1000"  # whose names the tasks have
 
     def __init__(
         self,

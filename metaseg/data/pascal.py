@@ -79,7 +79,7 @@ class PascalSource:
         DataError: if a root, the splits or all images of a split's classes are unusable.
     """
 
-    name = "binary_pascal"
+    name = family = "binary_pascal"
 
     def __init__(
         self,
