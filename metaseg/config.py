@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
+from metaseg.initialisation import read_about
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "curves")
@@ -58,22 +59,29 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def expand_update(arguments: Sequence[str]) -> list[str]:
-    """Replace `update=PATH` of a YAML file, such as UHO leaves, by an override for each of its values.
+    """Replace `update=PATH` by an override for each value of the update procedure that the file holds.
+
+    A YAML file holds one, as UHO leaves it; an `init.safetensors` the one that is recommended for its θ.
 
     Raises:
         ConfigError: if there is no such file, or it holds no update procedure.
+        WeightsError: if it is an `init.safetensors` that metaseg did not write.
     """
     expanded: list[str] = []
     for argument in arguments:
         path = Path(argument.removeprefix("update=")).expanduser()
-        if not argument.startswith("update=") or path.suffix not in (".yaml", ".yml"):
+        if not argument.startswith("update=") or path.suffix not in (".yaml", ".yml", ".safetensors"):
             expanded.append(argument)
             continue
         if not path.is_file():
             raise ConfigError(f"{argument}: there is no such file; to choose a preset give its name without .yaml")
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        theta = path.suffix == ".safetensors"
+        values = read_about(path).update if theta else OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(values, dict) or "optimizer" not in values:
-            raise ConfigError(f"{argument} holds no update procedure; mode=uho writes one, update.yaml")
+            raise ConfigError(
+                f"{argument} holds no update procedure; mode=uho writes one, update.yaml, and every run's "
+                "init.safetensors has one"
+            )
         expanded += [f"++update.{key}={json.dumps(value)}" for key, value in _leaves(values)]
     return expanded
 

@@ -15,7 +15,19 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from metaseg.adapt import Lanes
-from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.config import (
+    ConfigError,
+    check,
+    check_overrides,
+    config_dir,
+    expand_update,
+    inner_config,
+    make_update,
+    trains,
+)
+from metaseg.errors import WeightsError
+from metaseg.initialisation import About, save_initialisation
+from metaseg.job import plain
 from metaseg.losses import SegmentationLoss
 from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine
@@ -155,6 +167,30 @@ def test_another_inner_optimizer_comes_without_the_first_ones_arguments() -> Non
     assert inner.optimizer.keywords == {}
     assert isinstance(inner.schedule, Constant)
     assert make_update(composed("update=adam")["update"]).optimizer.func is Adam
+
+
+@pytest.mark.parametrize("preset", presets("update"))
+def test_the_update_procedure_that_an_initialisation_recommends_can_be_chosen(preset: str, tmp_path: Path) -> None:
+    wanted = plain(composed(f"update={preset}", "update.lr=0.003", "update.adapts=head")["update"])
+    about = About({}, "reptile", "emoji", "0" * 64, seed=0, meta_steps=3, update=wanted)
+    save_initialisation(nn.Conv2d(1, 1, 1), about, tmp_path / "init.safetensors")
+    words = expand_update([f"update={tmp_path}/init.safetensors", "update.dropout=0.1"])
+    check_overrides(words)
+    found = composed(*words)["update"]
+    assert plain(found) == {**wanted, "dropout": 0.1}
+    make_update(found)
+
+
+def test_a_file_without_a_recommendation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
+    (tmp_path / "init.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WeightsError, match="no initialisation that metaseg wrote"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
+    about = About({}, "reptile", "emoji", "0" * 64, seed=0, meta_steps=3, update={})
+    save_initialisation(nn.Conv2d(1, 1, 1), about, tmp_path / "init.safetensors")
+    with pytest.raises(ConfigError, match="holds no update procedure"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
 
 
 @pytest.mark.parametrize(

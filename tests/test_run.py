@@ -21,7 +21,7 @@ from test_config import GROUPS, presets
 from trees import write_splits, write_tree
 
 from metaseg.compare import compare
-from metaseg.config import config_dir
+from metaseg.config import config_dir, expand_update
 from metaseg.errors import ConfigError, DataError, WeightsError
 from metaseg.initialisation import load_initialisation, read_about
 from metaseg.run import run, validation_interval
@@ -156,6 +156,18 @@ def test_a_theta_of_other_data_is_compared_on_the_tested_ones(finished: tuple[Pa
     assert results(tmp_path / "ours")["trained_on"] == trained["trained_on"]
     assert results(tmp_path / "ours")["splits_sha256"] != trained["splits_sha256"]
     assert results(tmp_path / "imagenet")["trained_on"] is None
+
+
+def test_the_recommended_update_gives_a_runs_numbers_without_choosing_again(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What `compare` says to do."""
+    path = finished[0] / "init.safetensors"
+    update = expand_update([f"update={path}"])
+    value = job(tmp_path, *data, *update, "mode=test", f"ckpt_path={path}", "evaluate.draws=2", "logger=csv")
+    assert value == finished[1]
+    assert results(tmp_path)["update"] == results(finished[0])["update"]
+    assert compare([finished[0]], [tmp_path]).iou.mean == 0
 
 
 @pytest.mark.parametrize("theta", ["ckpt_path={}/init.safetensors", "ckpt_path={}/checkpoints/best.ckpt"])
