@@ -91,7 +91,15 @@ def episodes(job: Job, update: Update, k: int) -> EvaluationEpisodes:
     settings, seed = job.config.curves, job.config.evaluate.seed
     tasks = choose_tasks(job.source, "test", settings.tasks, seed)
     return EvaluationEpisodes(
-        job.source, "test", tasks, update, shots=k, queries=settings.queries, draws=settings.draws, seed=seed
+        job.source,
+        "test",
+        tasks,
+        update,
+        shots=k,
+        queries=settings.queries,
+        draws=settings.draws,
+        seed=seed,
+        keys=["curves.k", "curves.queries"],
     )
 
 
