@@ -280,6 +280,13 @@ def test_fpk_holds_its_classes_out_of_meta_training(fpk_roots):
     assert source.load(name, [0])[0].shape == (1, SIZE, SIZE, 3)
 
 
+def test_near_classes_stay_in_meta_training():
+    """As the presets' headers say."""
+    splits = fss1000_splits(exclude=list(FPK_CLASSES))
+    assert {"monitor", "trolleybus", "motor_scooter", "flowerpot"} <= {*splits["train"]}
+    assert "school_bus" in splits["val"]
+
+
 def test_fpk_and_fss1000_are_one_family(fpk_roots):
     """So that a θ of all of FSS-1000's training classes is not tested on FP-k."""
     tested = task_ids(fpk(*fpk_roots), "test")
