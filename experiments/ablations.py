@@ -23,7 +23,7 @@ DECODERS = {
     },
     "fss1000": {"aspp": ["model=deeplab_aspp"], "v3plus": ["model=deeplab_v3plus"]},
 }
-ROWS = {
+ROWS: dict[str, list[str]] = {
     BASELINE: [],
     "3": ["model.rsd=[4]"],
     "6": ["model.rsd=[16]"],
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parse(made, argv)
     common = [*ALGORITHM[args.data], f"evaluate.test_tasks={args.tasks}"]
-    rows = ROWS | DECODERS[args.data]
+    words = rows(args.data)
     runs = [
-        Run(row, seed, args.runs / f"{row}-s{seed}", [*common, *rows[row], f"seed={seed}", *args.overrides])
+        Run(row, seed, args.runs / f"{row}-s{seed}", [*common, *words[row], f"seed={seed}", *args.overrides])
         for row in args.rows
         for seed in args.seeds
     ]
@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_about(args, runs, args.out / "ablations.json")
     draw_bars(table, args.out / "ablations.png")
     print_table(table, BASELINE, [(f"{args.out}/ablations.csv, .png and .json", "the table, and where it comes from")])
+
+
+def rows(data: str) -> dict[str, list[str]]:
+    """The overrides of each row."""
+    return ROWS | DECODERS[data]
 
 
 def parameters(runs: Sequence[Run], row: str) -> int:

@@ -1,11 +1,11 @@
 r"""Many-shot learning curves: meta-learned, joint, ImageNet and random initialisations, from one image to hundreds.
 
-    python experiments/learning_curves.py --rows reptile joint --seeds 0
-    python experiments/learning_curves.py --data fss1000 --rows fomaml_star joint -- \
+    python experiments/learning_curves.py --rows reptile joint imagenet random --seeds 0
+    python experiments/learning_curves.py --data fss1000 --rows fomaml_star joint imagenet -- \
       dataset.fss_root=PATH dataset.voc_root=PATH dataset.sbd_root=PATH
 
 One run of mode=curves on initialisations that main_table.py left (--main-table, --rows, and one of --seeds), each with
-the learning rate that is recommended in its file; random takes ImageNet's. For FSS-1000 train them with
+the learning rate that was best for it. For FSS-1000 train them with
 dataset=fss1000_fpk: the curves' five classes must be new to them.
 """
 
@@ -13,7 +13,7 @@ import csv
 import shutil
 from collections.abc import Sequence
 
-from runs import Run, add_inits, execute, initialisation, parse, parser, recommended, write_about
+from runs import Run, add_inits, execute, initialisation, parse, parser, write_about
 
 # on the embedded data ω's steps and scores are fewer than the defaults, for an afternoon's budget on two cores
 SETTINGS = {
@@ -31,20 +31,21 @@ SETTINGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "learning_curves", tasks="5", seeds=[0])
-    add_inits(made, ["reptile", "joint"])
+    add_inits(made, ["reptile", "joint", "imagenet", "random"])
     args = parse(made, argv)
     if len(args.seeds) > 1:
         made.error("--seeds: one; the curves compare initialisations, not seeds")
+    if "imagenet" not in args.rows:
+        made.error("--rows: imagenet among them; the others' gains are over it")
     (seed,) = args.seeds
-    files = {row: initialisation(args, row, seed) for row in (*args.rows, "imagenet")}
+    files = {row: initialisation(args, row, seed) for row in args.rows}
     inits = ",".join(f"{row}:{path}" for row, path in files.items())
     words = [
         *SETTINGS[args.data],
-        recommended(files["imagenet"])[-1],  # random's learning rate
         "mode=curves",
         f"seed={seed}",
         f"curves.tasks={args.tasks}",
-        f"curves.inits={{{inits},random:random}}",
+        f"curves.inits={{{inits}}}",
         "curves.baseline=imagenet",
     ]
     run = Run("curves", seed, args.runs / f"curves-s{seed}", [*words, *args.overrides])

@@ -66,12 +66,15 @@ class Run:
         return found
 
 
-def parser(description: str, name: str, *, tasks: str = "40", seeds: Sequence[int] = (0, 1)) -> argparse.ArgumentParser:
-    """The words that all experiments understand, with an experiment's own defaults."""
+def parser(
+    description: str, name: str, *, tasks: str = "40", seeds: Sequence[int] | None = (0, 1)
+) -> argparse.ArgumentParser:
+    """The words that all experiments understand, with an experiment's own defaults; without seeds no --seeds."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", choices=["emoji", "fss1000"], default="emoji", help="fss1000: the paper's setting")
     made.add_argument("--tasks", default=tasks, help="test tasks, or all (default: %(default)s)")
-    made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    if seeds:
+        made.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     made.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for the table and pictures")
     made.add_argument("--runs", type=Path, help="folder of the runs' folders (default: --out)")
     made.add_argument("--jobs", type=int, default=default_jobs(), help="runs side by side (default: %(default)s)")
@@ -98,16 +101,19 @@ def add_inits(made: argparse.ArgumentParser, rows: Sequence[str]) -> None:
 
 def initialisation(args: argparse.Namespace, row: str, seed: int) -> Path:
     """The file that main_table.py left."""
-    path: Path = args.main_table / f"{row}-s{seed}" / "init.safetensors"
+    return initialisation_of(args, f"{row}-s{seed}")
+
+
+def initialisation_of(args: argparse.Namespace, run: str) -> Path:
+    """Likewise, by the name of its run."""
+    path: Path = args.main_table / run / "init.safetensors"
     if not path.is_file():
-        raise SystemExit(
-            f"there is no {path}: run experiments/main_table.py first, or say --main-table, --rows, --seeds"
-        )
+        raise SystemExit(f"there is no {path}: run experiments/main_table.py first, or say --main-table and which runs")
     return path
 
 
 def recommended(path: Path) -> list[str]:
-    """Overrides to test an initialisation with its network and the learning rate that suits it."""
+    """Overrides to test an initialisation with the learning rate that was best for it, which is the last of them."""
     about = read_about(path)
     return ["mode=test", f"algo={about.algo}", f"ckpt_path={path}", f"update.lr={about.update['lr']}"]
 
@@ -177,7 +183,7 @@ def summarise(runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         "miou_class": float(np.mean([r["test"]["miou_class"] for r in results])),
         "fb_iou": float(np.mean([r["test"]["fb_iou"] for r in results])),
         "iou_before_adaptation": float(np.mean([r["test"]["iou_before_adaptation"] for r in results])),
-        "val_iou": float(np.mean([r["val"]["iou"]["mean"] for r in results])),
+        "val_iou": float(np.mean([r["val"]["iou"]["mean"] if r["val"] else r["uho"]["val_iou"] for r in results])),
         "update_lr": " ".join(f"{r['update']['lr']:.3g}" for r in results),
         "steps": " ".join(str(r["update"]["steps"]) for r in results),
         "iou_by_seed": " ".join(f"{r['test']['iou']['mean']:.4f}" for r in results),
@@ -207,7 +213,7 @@ def write_about(args: argparse.Namespace, runs: Sequence[Run], path: Path) -> No
     about = {
         "command": args.command,
         "data": sorted({r["dataset"] for r in results}),
-        "seeds": args.seeds,
+        "seeds": sorted({r["seed"] for r in results}),
         "commit": sorted({str(r["git_commit"]) for r in results}),
         "machine": machine(),
         "minutes_of_runs": round(sum(r["wall_s"] for r in results) / 60, 1),

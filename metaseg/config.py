@@ -123,15 +123,22 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
     return update
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration in plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def config_sha256(config: DictConfig) -> str:
     """SHA-256 (hex) of what decides a run's numbers: two runs of one hash and one commit agree."""
     keys: tuple[str, ...] = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
-    container: Any = OmegaConf.to_container(config, resolve=True)
+    container = plain(config)
     keys += (config.mode,) if config.mode in ("uho", "curves") else ()
-    plain = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
+    named = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
-        plain["dataset"].pop(key, None)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        named["dataset"].pop(key, None)
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def trains(config: DictConfig) -> bool:

@@ -6,7 +6,7 @@ Every initialisation meets the same query images, and supports of which the larg
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from metaseg.config import config_sha256, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
+from metaseg.errors import ConfigError
 from metaseg.evaluate import Evaluation, evaluate, write_csv
-from metaseg.initialisation import check_held_out, load_initialisation
-from metaseg.job import Job, create, describe, device_of, scoring_of
+from metaseg.initialisation import check_held_out, load_initialisation, read_about
+from metaseg.job import Job, create, device_of, scoring_of
 from metaseg.metrics import Floats, bootstrap_ci95
-from metaseg.report import git_commit
+from metaseg.panels import log_picture
+from metaseg.report import SCHEMA, git_commit
 from metaseg.seeding import torch_seed
 from metaseg.update import Update
 
@@ -68,11 +71,34 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
                 logger.log_metrics({f"curves/{name}/iou": evaluation.iou}, step=k)
             write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
             write_csv(summary, folder / "summary.csv")
-    head = {**describe(job, job.about), "git_commit": git_commit(), "wall_s": round(time.perf_counter() - started, 1)}
+    head = describe_curves(job) | {"wall_s": round(time.perf_counter() - started, 1)}
     (folder / "results.json").write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
     draw(summary, folder / "curves.png")
+    log_picture(loggers, "curves", folder / "curves.png")
     show(summary, folder)
     return next(float(row["iou"]) for row in summary if (row["init"], row["k"]) == (first, max(settings.k)))
+
+
+def describe_curves(job: Job) -> dict[str, Any]:
+    """What ran on what, for the head of results.json."""
+    config, settings = job.config, plain(job.config.curves)
+    files = {name: Path(str(init)) for name, init in settings.pop("inits").items() if init not in NAMED}
+    abouts = {name: {"path": str(path), **asdict(read_about(path))} for name, path in files.items()}
+    for about in abouts.values():
+        del about["seen"]  # hundreds of classes, which the file itself names
+    return {
+        "schema": SCHEMA,
+        "config_sha256": config_sha256(config),
+        "mode": config.mode,
+        "dataset": job.source.name,
+        "splits_sha256": job.about.splits_sha256,
+        "episodes": {"seed": config.evaluate.seed, "image_size": job.source.image_size, **settings},
+        "inits": {name: abouts.get(name, init) for name, init in config.curves.inits.items()},
+        "update": job.about.update,
+        "seed": config.seed,
+        "device": device_of(config).type,
+        "git_commit": git_commit(),
+    }
 
 
 def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
@@ -83,6 +109,11 @@ def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
         return net, job.update
     about = load_initialisation(net, Path(path), job.about.model)
     check_held_out(about, job.source, ["test"], f"{path} of curves.inits")
+    if about.update["optimizer"] != job.about.update["optimizer"]:
+        raise ConfigError(
+            f"{path} recommends a learning rate for {about.update['optimizer']['_target_']}: give the update=… of that "
+            f"optimizer, not of {job.about.update['optimizer']['_target_']}"
+        )
     return net, replace(job.update, lr=about.update["lr"])
 
 

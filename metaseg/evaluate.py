@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,8 +78,9 @@ class Score:
         return float(self.ious[bisect_right(self.steps, step) - 1])
 
     def steps_to(self, share: float) -> int:
-        """The first of `steps` at which the IoU is at least `share` of the last one's."""
-        return self.steps[int(np.argmax(self.ious >= share * self.iou))]
+        """The first of `steps` at which the IoU is at least `share` of the last one's; if that is 0, the last."""
+        found = self.iou > 1e-6  # the metric's ε keeps it from being 0
+        return self.steps[int(np.argmax(self.ious >= share * self.iou))] if found else self.steps[-1]
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,6 @@ class Evaluation:
             drawn[score.task] += 1
         return rows
 
-    def write_csv(self, path: Path) -> None:
-        """Write `rows` as CSV."""
-        write_csv(self.rows(), path)
-
 
 def across_tasks(evaluations: Mapping[Split, Evaluation]) -> dict[str, dict[str, object]]:
     """The gaps between splits: how much larger the error on the later one's tasks is, from train to val to test.
@@ -249,7 +246,7 @@ def across_tasks(evaluations: Mapping[Split, Evaluation]) -> dict[str, dict[str,
     return gaps
 
 
-def write_csv(rows: Sequence[Mapping[str, str | int | float]], path: Path) -> None:
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write rows of the same columns as CSV, with a head."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

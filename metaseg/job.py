@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
-from metaseg.config import check, config_sha256, inner_config, make_update, trains
+from metaseg.config import check, config_sha256, inner_config, make_update, plain, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256, task_ids
 from metaseg.errors import WeightsError
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
+from metaseg.space import distributions
 from metaseg.update import Update
 
 
@@ -58,6 +59,8 @@ def build(config: DictConfig) -> Job:
     update = make_update(config["update"])
     for split in splits_to_score(config, source):
         evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
+    if config.mode == "uho":
+        distributions(config.uho.space, update)
     algo = inner = None
     if trains(config):
         algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
@@ -173,22 +176,23 @@ def describe(job: Job, about: About) -> dict[str, Any]:
     }
 
 
-def fingerprint(job: Job, mode: str) -> str:
-    """SHA-256 (hex) of what decides the numbers of a search: θ itself, tasks and episodes, ω, and the mode's settings.
+def fingerprint(job: Job) -> str:
+    """SHA-256 (hex) of what decides the numbers of UHO: θ and its network, tasks and episodes, ω, engine and space.
 
-    Not of how long it shall go on, nor of where it is kept.
+    Not of how long the search shall go on, where it is kept, and which test tasks are met at its end.
     """
     config = plain(job.config)
-    keys = ("dataset", "update", "evaluate")
-    settings = {key: value for key, value in config[mode].items() if key not in ("trials", "storage")}
-    named = {key: config[key] for key in keys} | {mode: settings, "splits": job.about.splits_sha256}
-    named["dataset"] = {
+    named = {key: config[key] for key in ("dataset", "update", "engine")}
+    named["model"] = {key: value for key, value in config["model"].items() if key != "weights"}
+    named["uho"] = {key: value for key, value in config["uho"].items() if key not in ("trials", "storage")}
+    named["evaluate"] = {key: config["evaluate"][key] for key in ("shots", "queries", "draws", "val_tasks", "seed")}
+    named["splits"] = job.about.splits_sha256
+    named["images"] = {task: job.source.count(task) for split in SPLITS for task in job.source.names(split)}
+    named["dataset"] = {  # the same data may lie elsewhere
         key: value
         for key, value in named["dataset"].items()
         if key not in ("cache_dir", "workers") and not key.endswith("root")
     }
-    for key in ("processes", "panels", "test_tasks", "train_tasks"):
-        named["evaluate"].pop(key, None)
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     for name, tensor in sorted(job.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -207,10 +211,3 @@ def create(config: DictConfig, **more: Any) -> Any:
         return instantiate(config, **more)
     except InstantiationException as error:
         raise error.__cause__ or error from None
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration in plain containers."""
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}

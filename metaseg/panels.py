@@ -9,6 +9,7 @@ import torch
 import wandb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from metaseg.data.source import UInt8
 from metaseg.evaluate import Evaluation, Example
@@ -85,6 +86,13 @@ def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, split: str) -> None:
     if evaluation.examples:
         media[f"{split}/panels"] = [image for example in evaluation.examples for image in _wandb_images(example)]
     run.log(media)
+
+
+def log_picture(loggers: Sequence[Logger], name: str, path: Path) -> None:
+    """Log a picture file to those of the loggers that are W&B's."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.log({name: wandb.Image(str(path))})
 
 
 def _wandb_images(example: Example) -> list[wandb.Image]:

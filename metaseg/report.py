@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaseg.data.source import SPLITS, Split
-from metaseg.evaluate import Evaluation, across_tasks
+from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
 
 SCHEMA = 1
@@ -97,7 +97,7 @@ def git_commit() -> str | None:
 
 def report(
     head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], loggers: Sequence[Logger], folder: Path
-) -> None:
+) -> dict[str, Any]:
     """Write results.json, per_task.csv and panels into `folder`, log the numbers, print the table.
 
     Args:
@@ -105,15 +105,16 @@ def report(
         evaluations: by split, at least one; the last one's tasks are shown one by one.
         loggers: of the run.
         folder: of the run.
+
+    Returns:
+        What results.json holds.
     """
     gaps = across_tasks(evaluations)
     summaries: dict[str, object] = dict.fromkeys(SPLITS)
     summaries |= {split: evaluation.summary() for split, evaluation in evaluations.items()}
     results = {"schema": SCHEMA, **head, "git_commit": git_commit(), **summaries, "gap_across_tasks": gaps}
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
     split, shown = list(evaluations.items())[-1]
-    shown.write_csv(folder / "per_task.csv")
+    write_results(results, shown.rows(), folder)
     write_panels(shown.examples, folder / "panels")
     for logger in loggers:
         for name, evaluation in evaluations.items():
@@ -123,6 +124,13 @@ def report(
         if isinstance(logger, WandbLogger):
             log_to_wandb(logger.experiment, shown, split)
     _print_table(head, evaluations, folder)
+    return results
+
+
+def write_results(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write results.json, and per_task.csv with a row an episode."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_csv(rows, folder / "per_task.csv")
 
 
 def _print_table(head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], folder: Path) -> None:

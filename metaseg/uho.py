@@ -18,12 +18,7 @@ import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -31,100 +26,58 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.progress import Progress
 
-from metaseg.errors import ConfigError
-from metaseg.evaluate import Score, evaluate
-from metaseg.initialisation import save_initialisation
-from metaseg.job import Job, describe, device_of, fingerprint, load, plain, scoring
-from metaseg.report import report
+from metaseg.evaluate import Evaluation, Score, evaluate
+from metaseg.initialisation import About, save_initialisation
+from metaseg.job import Job, describe, device_of, evaluation_episodes, fingerprint, load, scoring
+from metaseg.metrics import Floats
+from metaseg.panels import log_picture
+from metaseg.report import report, write_results
 from metaseg.seeding import derive_seed
+from metaseg.space import distributions, point
 from metaseg.update import Update
 
-SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "augment", "batchnorm", "adapts")
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+LEAST_TASKS = 4  # of which a trial may be given up
 
 
 def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     """Search ω* on validation tasks, then test it once; returns the test tasks' mean IoU, in [0, 1].
 
     Leaves uho.json, update.yaml (ω*, for `update=PATH`), uho.png and what every run leaves. An interrupted study goes
-    on from its storage; one that has its trials is neither searched nor tested again.
+    on from its storage; one that has its trials and was tested on these tasks is neither searched nor tested again.
+    One process at a time works on a study.
     """
     started = time.perf_counter()
-    config, space = job.config, distributions(job.config.uho.space)
-    default = default_parameters(space, job.update)
+    config = job.config
     about = load(job)
     job.net.to(device_of(config))
-    storage = Path(config.uho.storage or _beside(config, folder))
-    study = open_study(storage, fingerprint(job, "uho"), config)
-    record: dict[str, Any] | None = study.user_attrs.get("record")
-    if record is None or record["trials"] < config.uho.trials:
-        search(job, study, space, default)
-        best = study.best_trial
-        chosen = {**best.params, "steps": best.user_attrs["steps"]}
-        update = replace(job.update, **chosen)
-        about = replace(about, update={**about.update, **chosen})
-        save_initialisation(job.net, about, folder / "init.safetensors")
-        panels = config.evaluate.panels
-        evaluations = {
-            split: evaluate(scoring(job, split, update), title=f"{split}, ω*", examples=panels)
-            for split in ("val", "test")
-        }
-        record = summarise(study, about.update, default) | {
-            "storage": str(storage),
-            "test": evaluations["test"].summary(),
-        }
-        study.set_user_attr("record", record)
-        head = {**describe(job, about), "wall_s": round(time.perf_counter() - started, 1)}
-        report({**head, "uho": record}, evaluations, loggers, folder)  # type: ignore[arg-type]  # keys are splits
+    storage = Path(config.uho.storage or _beside(config))
+    study = open_study(storage, fingerprint(job), config)
+    searched = len(finished(study)) < config.uho.trials
+    if searched:
+        search(job, study, distributions(config.uho.space, job.update), loggers)
+    update, about = chosen(study, job.update, about)
+    save_initialisation(job.net, about, folder / "init.safetensors")
+    tasks = evaluation_episodes(config, job.source, "test", update).tasks
+    if searched or study.user_attrs.get("tested") != list(tasks):
+        evaluation = evaluate(scoring(job, "test", update), title="test, ω*", examples=config.evaluate.panels)
+        wall_s = round(time.perf_counter() - started, 1)
+        record = summarise(study, about.update, job.update) | {"storage": str(storage), "test": evaluation.summary()}
+        head = {**describe(job, about), "wall_s": wall_s, "uho": {key: record[key] for key in ("trials", "val_iou")}}
+        results = report(head, {"test": evaluation}, loggers, folder)
+        for name, value in (("record", record), ("results", results), ("rows", evaluation.rows())):
+            study.set_user_attr(name, value)
+        study.set_user_attr("tested", list(tasks))  # last: a study that is killed before has not been tested
     else:
         Console().print(f"the study in {storage} has its trials; uho.trials={config.uho.trials} asks for no more")
+        write_results(study.user_attrs["results"], study.user_attrs["rows"], folder)
+    record = study.user_attrs["record"]
     (folder / "uho.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    OmegaConf.save(OmegaConf.create(record["update"]), folder / "update.yaml")
+    OmegaConf.save(OmegaConf.create(about.update), folder / "update.yaml")
     draw(study, folder / "uho.png")
+    log_picture(loggers, "uho", folder / "uho.png")
     Console().print(f"uho.json, uho.png, update.yaml (use it with update=PATH): {folder}", soft_wrap=True)
     return float(record["test"]["iou"]["mean"])
-
-
-def distributions(space: DictConfig) -> dict[str, BaseDistribution]:
-    """Optuna's distributions of a configured space.
-
-    Raises:
-        ConfigError: if a name cannot be searched, or a range is none.
-    """
-    made: dict[str, BaseDistribution] = {}
-    for name, entry in plain(space).items():
-        if name not in SEARCHABLE:
-            raise ConfigError(f"uho.space.{name}: choose from {', '.join(SEARCHABLE)}; steps come from uho.steps")
-        try:
-            if "choices" in entry:
-                made[name] = CategoricalDistribution(entry["choices"])
-            elif all(isinstance(entry[end], int) for end in ("low", "high")):
-                made[name] = IntDistribution(**entry)
-            else:
-                made[name] = FloatDistribution(**entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"uho.space.{name}={entry}: give low and high (and log: true), or choices ({error})"
-            ) from error
-    return made
-
-
-def default_parameters(space: Mapping[str, BaseDistribution], update: Update) -> dict[str, Any]:
-    """The configured ω as a point of the space: the first trial, so that the search never ends below it.
-
-    Raises:
-        ConfigError: if it lies outside.
-    """
-    values = {name: getattr(update, name) for name in space}
-    for name, distribution in space.items():
-        if isinstance(distribution, CategoricalDistribution):
-            inside = values[name] in distribution.choices
-        else:
-            assert isinstance(distribution, FloatDistribution | IntDistribution)
-            inside = distribution.low <= values[name] <= distribution.high
-        if not inside:
-            raise ConfigError(f"uho.space.{name} does not hold update.{name}={values[name]}: widen it, or change that")
-    return values
 
 
 def open_study(storage: Path, name: str, config: DictConfig) -> optuna.Study:
@@ -148,9 +101,12 @@ def open_study(storage: Path, name: str, config: DictConfig) -> optuna.Study:
             deterministic_objective=True,
         )
     pruner = optuna.pruners.MedianPruner(n_startup_trials=config.uho.random)
-    return optuna.create_study(
+    study = optuna.create_study(
         storage=journal, sampler=sampler, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
     )
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)  # a killed run's: the sampler would wait for its value
+    return study
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -158,57 +114,91 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
-def search(job: Job, study: optuna.Study, space: Mapping[str, BaseDistribution], default: Mapping[str, Any]) -> None:
+def default_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial of ω as configured, waiting or taken."""
+    trials = study.get_trials(deepcopy=False, states=[*FINISHED, TrialState.WAITING])
+    return next((trial for trial in trials if trial.user_attrs.get("default")), None)
+
+
+def search(job: Job, study: optuna.Study, space: Mapping[str, BaseDistribution], loggers: Sequence[Logger]) -> None:
     """Take trials until the study has `uho.trials` of them, with a progress bar over their episodes."""
-    settings = job.config.uho
-    if not any(trial.params == default for trial in finished(study)):
-        study.enqueue_trial(dict(default))
-    episodes = len(scoring(job, "val", job.update))
+    if default_trial(study) is None:
+        study.enqueue_trial(point(space, job.update), user_attrs={"default": True})
+    trials, episodes = job.config.uho.trials, len(scoring(job, "val", job.update))
     with Progress() as progress:
-        bar = progress.add_task("UHO", total=settings.trials * episodes)
-        while (taken := len(finished(study))) < settings.trials:
+        bar = progress.add_task("UHO", total=trials * episodes)
+        while (taken := len(finished(study))) < trials:
             best = max((trial.value or 0.0 for trial in study.get_trials(states=[TrialState.COMPLETE])), default=0.0)
-            description = f"UHO, trial {taken + 1}/{settings.trials}, best IoU {best:.3f}"
+            description = f"UHO, trial {taken + 1}/{trials}, best IoU {best:.3f}"
             progress.update(bar, completed=taken * episodes, description=description)
-            take_trial(job, study, study.ask(dict(space)), lambda: progress.advance(bar))
-        progress.update(bar, completed=settings.trials * episodes)
+            value = take_trial(job, study, study.ask(dict(space)), lambda: progress.advance(bar))
+            if value is not None:
+                for logger in loggers:
+                    logger.log_metrics({"uho/iou": value, "uho/best_iou": max(best, value)}, step=taken)
+        progress.update(bar, completed=trials * episodes)
 
 
-def take_trial(job: Job, study: optuna.Study, trial: optuna.Trial, advance: Callable[[], None]) -> None:
-    """Score one ω on the validation tasks; give it up at a quarter of them if its IoU is below the median's then."""
-    ladder: list[int] = list(job.config.uho.steps)
+def take_trial(job: Job, study: optuna.Study, trial: optuna.Trial, advance: Callable[[], None]) -> float | None:
+    """Score one ω on the validation tasks; returns its IoU at the step count that is best for all.
+
+    After a quarter of them it is given up, and None returned, if its IoU then is below the median of earlier trials'.
+    """
+    ladder = steps_ladder(job)
     omega = replace(job.update, **trial.params, steps=max(ladder))
     scores: list[Score] = []
     scored = scoring(job, "val", omega, rungs=ladder)
-    quarter = math.ceil(len(scored) / 4)
+    quarter = max(LEAST_TASKS, math.ceil(len(scored) / 4))
     for example in scored:
         scores.append(example.score)
         advance()
-        if len(scores) % quarter == 0 and len(scores) < len(scored):
-            trial.report(float(_ious(scores, ladder).mean(axis=0).max()), len(scores))
+        if len(scores) == quarter < len(scored):
+            trial.report(float(_ious(scores, ladder).mean(axis=0).max()), step=quarter)
             if trial.should_prune():
                 study.tell(trial, state=TrialState.PRUNED)
-                return
+                return None
     ious = _ious(scores, ladder)
     shared = ious.mean(axis=0)
     trial.set_user_attr("steps", ladder[int(shared.argmax())])
     trial.set_user_attr("iou_by_steps", dict(zip(map(str, ladder), shared.tolist(), strict=True)))
     trial.set_user_attr("oracle_iou", float(ious.max(axis=1).mean()))
     study.tell(trial, float(shared.max()))
+    return float(shared.max())
 
 
-def summarise(study: optuna.Study, update: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of uho.json: validation IoUs in [0, 1], ω* as configured, and all trials."""
-    trials, best = finished(study), study.best_trial
-    first = next(trial for trial in trials if trial.params == default)
+def steps_ladder(job: Job) -> list[int]:
+    """The step counts at which an adaptation is scored: the configured ones, and ω's own."""
+    return sorted({*job.config.uho.steps, job.update.steps})
+
+
+def chosen(study: optuna.Study, update: Update, about: About) -> tuple[Update, About]:
+    """ω* of a study, and what is known of θ with it."""
+    values = {**study.best_trial.params, "steps": study.best_trial.user_attrs["steps"]}
+    return replace(update, **values), replace(about, update={**about.update, **values})
+
+
+def summarise(study: optuna.Study, update: Mapping[str, Any], default: Update) -> dict[str, Any]:
+    """The numbers of uho.json: validation IoUs in [0, 1], ω* as configured, and all trials.
+
+    `default_val_iou` is of ω as it was configured, its steps included.
+    """
+    trials, best, first = finished(study), study.best_trial, default_trial(study)
+    assert first is not None
     return {
         "trials": len(trials),
         "pruned": sum(trial.state == TrialState.PRUNED for trial in trials),
         "val_iou": best.value,
         "val_iou_oracle_steps": best.user_attrs["oracle_iou"],
-        "default_val_iou": first.value,
+        "default_val_iou": first.user_attrs["iou_by_steps"][str(default.steps)],
         "update": dict(update),
-        "history": [{"state": t.state.name, "value": t.value, "params": t.params, **t.user_attrs} for t in trials],
+        "history": [
+            {
+                "state": trial.state.name,
+                "value" if trial.state == TrialState.COMPLETE else "partial_iou": trial.value,
+                "params": trial.params,
+                **trial.user_attrs,
+            }
+            for trial in trials
+        ],
     }
 
 
@@ -216,35 +206,36 @@ def draw(study: optuna.Study, path: Path) -> None:
     """The best IoU so far by trial; and, if lr was searched, each complete trial's IoU by lr and steps."""
     complete = study.get_trials(states=[TrialState.COMPLETE])
     values = np.array([trial.value for trial in complete])
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    course, surface = figure.subplots(1, 2)
-    numbers = [trial.number for trial in complete]
-    course.plot(numbers, values, "o", color="#9aa5b1", markersize=4, label="trial")
-    course.step(numbers, np.maximum.accumulate(values), where="post", color="#2f7fb8", label="best so far")
-    course.set(xlabel="trial", ylabel="IoU on validation tasks")
-    course.legend(frameon=False)
     points = [
         (trial.params["lr"], int(steps), iou)
         for trial in complete
         for steps, iou in trial.user_attrs["iou_by_steps"].items()
         if "lr" in trial.params
     ]
-    if points:
+    figure = Figure(figsize=(9 if points else 4.5, 3.4), layout="constrained")
+    course, *surface = figure.subplots(1, 2 if points else 1, squeeze=False)[0]
+    numbers = [trial.number for trial in complete]
+    course.plot(numbers, values, "o", color="#9aa5b1", markersize=4, label="trial")
+    course.step(numbers, np.maximum.accumulate(values), where="post", color="#2f7fb8", label="best so far")
+    course.set(xlabel="trial", ylabel="IoU on validation tasks")
+    course.legend(frameon=False)
+    for ax in surface:
         lrs, steps, ious = zip(*points, strict=True)
-        shown = surface.scatter(lrs, steps, c=ious, s=30)
+        shown = ax.scatter(lrs, steps, c=ious, s=30)
         best = study.best_trial
-        surface.plot(best.params["lr"], best.user_attrs["steps"], "r*", markersize=13, label="ω*")
-        surface.set(xscale="log", yscale="log", xlabel="lr", ylabel="steps")
-        surface.legend(frameon=False)
-        figure.colorbar(shown, ax=surface, label="IoU")
+        ax.plot(best.params["lr"], best.user_attrs["steps"], "r*", markersize=13, label="ω*")
+        ax.set(xscale="log", yscale="log", xlabel="lr", ylabel="steps")
+        ax.legend(frameon=False)
+        figure.colorbar(shown, ax=ax, label="IoU")
     figure.savefig(path, dpi=120)
 
 
-def _ious(scores: Sequence[Score], ladder: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Shape (episodes, rungs)."""
-    return np.array([[score.iou_at(step) for step in ladder] for score in scores])
+def _ious(scores: Sequence[Score], ladder: Sequence[int]) -> Floats:
+    """Each task's IoU, mean over its draws, at each step count; shape (tasks, rungs)."""
+    of = Evaluation(scores)
+    return np.stack([of.per_task(lambda score, step=step: score.iou_at(step)) for step in ladder], axis=1)  # type: ignore[misc]
 
 
-def _beside(config: DictConfig, folder: Path) -> Path:
+def _beside(config: DictConfig) -> Path:
     """Where the same command finds its study again: beside the initialisation, if that is a file."""
-    return (Path(config.ckpt_path).parent if config.ckpt_path else folder) / "uho.journal"
+    return (Path(config.ckpt_path).parent if config.ckpt_path else Path("runs")) / "uho.journal"

@@ -71,13 +71,15 @@ class EarlyStopping:
         share: of the support that is held out, in (0, 1).
         patience: inner steps without a higher IoU after which the search ends, ≥ 1.
         every: inner steps from one score to the next, ≥ 1; the original scores each.
-        least: shots below which nothing is held out and ω takes all of its steps, ≥ 2.
+        least: shots below which nothing is held out, ≥ 2.
+        steps_below: inner steps with so few shots, ≥ 1, at most ω's; None takes all of ω's.
     """
 
     share: float = 0.2
     patience: int = 50
     every: int = 5
     least: int = 10
+    steps_below: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -86,6 +88,7 @@ class EarlyStopping:
             "patience": (self.patience >= 1, "1 or more steps"),
             "every": (self.every >= 1, "1 or more steps"),
             "least": (self.least >= 2, "2 or more shots: one to adapt to, one to hold out"),
+            "steps_below": (self.steps_below is None or self.steps_below >= 1, "1 or more steps, or null for all"),
         }
         _refuse("update.stopping", self, rules)
 
@@ -156,7 +159,9 @@ class Update:
         """
         batches = self.minibatches(episode.support, generator(*key, "batches"))
         shots, rehearsal = len(episode.support), None
-        if self.stopping is not None and shots >= self.stopping.least:
+        if self.stopping is not None and shots < self.stopping.least:
+            batches = batches[: self.stopping.steps_below]
+        elif self.stopping is not None:
             kept = shots - min(max(1, round(self.stopping.share * shots)), shots - 1)
             fit, held_out = episode.support[:kept], episode.support[kept:]
             seen = self.minibatches(fit, generator(*key, "rehearsal"))

@@ -23,11 +23,11 @@ from metaseg.config import (
     expand_update,
     inner_config,
     make_update,
+    plain,
     trains,
 )
 from metaseg.errors import WeightsError
 from metaseg.initialisation import About, save_initialisation
-from metaseg.job import plain
 from metaseg.losses import SegmentationLoss
 from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine

@@ -75,6 +75,8 @@ def test_a_score_between_its_steps_is_the_one_before() -> None:
     assert [one.iou_at(step) for step in (0, 4, 5, 12, 500)] == pytest.approx([0.1, 0.1, 0.5, 0.96, 1.0])
     assert one.steps_to(0.95) == 10
     assert one.steps_to(0.97) == 20
+    nothing = Score("a", (0, 5, 10), np.stack([counted(0.0)] * 3), np.zeros(3), counted(0.0), 0.0)
+    assert nothing.steps_to(0.95) == 10  # what never finds the object is not the quickest
 
 
 @pytest.mark.parametrize("batchnorm", ["running", "support", "batch"])

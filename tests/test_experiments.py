@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from trees import write_splits, write_tree
 
-from metaseg.initialisation import read_about
+from metaseg.config import config_sha256, inner_config, make_update
 from metaseg.run import run as run_config
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
@@ -116,9 +117,9 @@ def test_every_form_names_presets_that_there_are(
         script, "column", lambda row, seed, lr, chosen, steps: words.append(chosen) or [], raising=False
     )
     monkeypatch.setattr(script, "create", lambda *_, **__: None, raising=False)
-    options = (
-        [] if script in (main_table, ablations) else [f"--main-table={table}", "--rows", "reptile", "--seeds", "0"]
-    )
+    theta = [f"--main-table={table}", "--rows", "imagenet", "--seeds", "0"]
+    searched = [f"--main-table={table}", "--inits", "imagenet-s0"]
+    options = {main_table: [], ablations: [], update_search: searched}.get(script, theta)
     for form in ("emoji", "fss1000"):
         with pytest.raises((FileNotFoundError, IndexError)):  # what the runs would have left
             script.main([f"--data={form}", f"--out={tmp_path / form}", *options])
@@ -132,42 +133,39 @@ def test_every_form_names_presets_that_there_are(
 
 
 def test_an_ablation_changes_network_and_training(data: Words, in_process: list[Words], tmp_path: Path) -> None:
-    rows = ["6-3", "3", "aspp", "l1"]
+    rows = ["6-3", "aspp"]
     ablations.main(["--rows", *rows, "--tasks=2", "--seeds=0", "--jobs=1", f"--out={tmp_path}", "--", *data])
     found = {row["row"]: row for row in read(tmp_path / "ablations.csv")}
-    assert {row: found[row]["parameters"] for row in rows} == {
-        "6-3": "1920674",  # the counts of the models' own tests
-        "3": "1217202",
-        "aspp": "1129506",
-        "l1": "1920674",
-    }
-    assert [words[words.index("update.l1=1e-5") - 1] for words in in_process if "update.l1=1e-5" in words] == [
-        "update.weight_decay=0"
-    ]
+    assert {row: found[row]["parameters"] for row in rows} == {"6-3": "1920674", "aspp": "1129506"}
     assert (tmp_path / "ablations.png").read_bytes().startswith(PNG)
+
+
+def test_every_ablation_differs_from_the_others() -> None:
+    made = [runs.composed([*ablations.ALGORITHM["emoji"], *words]) for words in ablations.rows("emoji").values()]
+    assert len({config_sha256(config) for config in made}) == len(made)
+    for config in made:
+        make_update(inner_config(config))
 
 
 def test_update_search_compares_on_the_test_tasks(
     data: Words, in_process: list[Words], table: Path, tmp_path: Path
 ) -> None:
-    words = ["--rows", "reptile", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
-    few = ["uho.trials=2", "uho.random=1", "uho.steps=[1,2]"]
+    words = ["--inits", "reptile-s0", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
+    few = ["uho.trials=2", "uho.random=1", "uho.steps=[1]"]
     update_search.main([*words, "--", *data, *few])
-    default, best, found = read(tmp_path / "update_search.csv")
-    assert (default["row"], found["row"]) == ("default ω", "ω* (UHO)")
-    chosen = read_about(table / "reptile-s0" / "init.safetensors").update["lr"]
-    assert float(best["update_lr"]) == chosen
+    default, found = read(tmp_path / "update_search.csv")
+    assert (default["row"], found["row"]) == ("reptile-s0, default ω", "reptile-s0, ω* (UHO)")
     assert float(found["gain"]) == pytest.approx(float(found["iou"]) - float(default["iou"]), abs=2e-4)
     assert float(found["val_iou"]) >= float(default["val_iou"])  # the default is the search's first trial
-    for name in ("uho-s0.png", "gain.png", "update_search.png"):
+    for name in ("reptile-s0-search.png", "reptile-s0-gain.png", "update_search.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
-    assert (tmp_path / "update-s0.yaml").read_text().count("lr:") == 1
+    assert (tmp_path / "reptile-s0-update.yaml").read_text().count("lr:") == 1
 
 
 def test_learning_curves_give_gains_over_imagenet(
     data: Words, in_process: list[Words], table: Path, tmp_path: Path
 ) -> None:
-    words = ["--rows", "reptile", "--tasks=2", f"--main-table={table}", f"--out={tmp_path}"]
+    words = ["--rows", "reptile", "imagenet", "random", "--tasks=2", f"--main-table={table}", f"--out={tmp_path}"]
     few = ["curves.k=[1,5]", "curves.queries=2", "curves.steps=[1]", "dataset.min_images=7"]
     learning_curves.main([*words, "--", *data, *few])
     found = {(row["init"], row["k"]): row for row in read(tmp_path / "summary.csv")}
@@ -208,14 +206,15 @@ def test_a_missing_initialisation_is_named(tmp_path: Path) -> None:
         batchnorm.main(["--rows", "reptile", "--seeds=0", f"--main-table={tmp_path}", f"--out={tmp_path}"])
 
 
-def test_a_new_initialisation_is_tested_again(
-    data: Words, in_process: list[Words], table: Path, tmp_path: Path
+def test_a_run_is_done_until_its_configuration_or_its_initialisation_changes(
+    data: Words, table: Path, tmp_path: Path
 ) -> None:
-    words = ["--rows", "reptile", "--seeds=0", "--tasks=2", "--jobs=1", f"--main-table={table}", f"--out={tmp_path}"]
-    batchnorm.main([*words, "--", *data])
-    batchnorm.main([*words, "--", *data])
-    assert len(in_process) == 3
-    init = table / "reptile-s0" / "init.safetensors"
-    init.write_bytes(init.read_bytes())
-    batchnorm.main([*words, "--", *data])
-    assert len(in_process) == 6
+    init = tmp_path / "init.safetensors"
+    init.write_bytes((table / "reptile-s0" / "init.safetensors").read_bytes())
+    run = runs.Run("a row", 0, tmp_path / "run", [*data, *runs.recommended(init)])
+    assert not run.done()
+    run_here([run])
+    assert run.done()
+    assert not replace(run, overrides=[*run.overrides, "update.steps=3"]).done()
+    init.touch()
+    assert not run.done()

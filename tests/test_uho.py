@@ -1,23 +1,26 @@
 """The search for the update procedure: its space, its honest score, its resuming, and what it leaves."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from PIL import Image
 from test_run import results
-from test_update import update
 from trees import write_splits, write_tree
 
 from metaseg import uho
 from metaseg.config import check, check_overrides, config_dir, expand_update, make_update
 from metaseg.errors import ConfigError
+from metaseg.evaluate import Example, Score
+from metaseg.job import Job, build, fingerprint
 from metaseg.run import run
+from metaseg.update import Update
 
 CLASSES = [f"class_{i}" for i in range(6)]
 
@@ -54,9 +57,12 @@ def test_a_search_leaves_omega_and_a_second_one_returns_at_once(
     assert record["trials"] == 4
     complete = [trial for trial in record["history"] if trial["state"] == "COMPLETE"]
     assert record["val_iou"] == max(trial["value"] for trial in complete) >= record["default_val_iou"]
+    (default,) = (trial for trial in record["history"] if trial.get("default"))
+    assert default["params"]["lr"] == 0.05
+    assert record["default_val_iou"] == default["iou_by_steps"]["2"]
     for trial in complete:
         by_steps = {int(steps): iou for steps, iou in trial["iou_by_steps"].items()}
-        assert by_steps.keys() == {1, 2}
+        assert by_steps.keys() == {1, 2}  # of uho.steps, and update.steps is one of them
         assert trial["value"] == max(by_steps.values()) == by_steps[trial["steps"]]
         assert trial["oracle_iou"] >= trial["value"]
 
@@ -67,7 +73,8 @@ def test_a_search_leaves_omega_and_a_second_one_returns_at_once(
     assert {name: getattr(omega, name) for name in best["params"]} == best["params"]
     found = results(tmp_path / "a")
     assert (found["test"]["tasks"], found["test"]["steps"]) == (2, omega.steps)
-    assert found["val"]["iou"]["mean"] == pytest.approx(record["val_iou"])  # that one, not the ladder's last
+    assert found["val"] is None  # ω was chosen on these tasks
+    assert found["uho"]["val_iou"] == record["val_iou"]
     with Image.open(tmp_path / "a" / "uho.png") as picture:
         assert picture.width > 500
 
@@ -83,11 +90,11 @@ def test_an_interrupted_search_goes_on(words: tuple[str, ...], tmp_path: Path, m
     storage, take = tmp_path / "study.journal", uho.take_trial
     taken = []
 
-    def killed(*arguments: Any) -> None:
+    def killed(*arguments: Any) -> float | None:
         taken.append(arguments[2].params)
         if len(taken) == 3:
             raise KeyboardInterrupt
-        take(*arguments)
+        return take(*arguments)
 
     monkeypatch.setattr(uho, "take_trial", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -109,37 +116,97 @@ def test_another_setting_is_another_study(words: tuple[str, ...], tmp_path: Path
     assert len(journal.get_all_studies()) == 2
 
 
-# The space
+def test_a_search_is_tested_on_other_tasks_when_asked(words: tuple[str, ...], tmp_path: Path) -> None:
+    folder, storage = tmp_path / "a", tmp_path / "study.journal"
+    first = search((*words, "evaluate.test_tasks=1"), folder, storage, trials=2)
+    again = search((*words, "evaluate.test_tasks=2"), folder, storage, trials=2)
+    assert again["history"] == first["history"]
+    assert (first["test"]["tasks"], again["test"]["tasks"]) == (1, 2)
 
 
-def test_the_configured_space_holds_the_default() -> None:
-    config = composed("mode=uho", "algo=finetune")
-    check(config)
-    space = uho.distributions(config.uho.space)
-    assert space["lr"] == FloatDistribution(5e-4, 0.5, log=True)
-    assert space["batchnorm"] == CategoricalDistribution(["running", "support"])
-    assert uho.default_parameters(space, make_update(config["update"]))["lr"] == 0.05
+def test_a_finished_search_leaves_the_whole_run_again(words: tuple[str, ...], tmp_path: Path) -> None:
+    folder, storage = tmp_path / "a", tmp_path / "study.journal"
+    search(words, folder, storage, trials=2)
+    left = {name: (folder / name).read_bytes() for name in ("results.json", "per_task.csv", "update.yaml", "uho.json")}
+    search(words, folder, storage, trials=2)
+    assert {name: (folder / name).read_bytes() for name in left} == left
 
 
-def test_whole_numbers_stay_whole() -> None:
-    assert uho.distributions(OmegaConf.create({"batch_size": {"low": 2, "high": 9}})) == {
-        "batch_size": IntDistribution(2, 9)
-    }
+def test_a_kill_before_the_report_tests_again(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "study.journal"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uho, "report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(words, tmp_path / "a", storage, trials=2)
+    record = search(words, tmp_path / "b", storage, trials=2)
+    assert (record["trials"], results(tmp_path / "b")["test"]["tasks"]) == (2, 2)
+
+
+def test_a_trial_below_the_median_is_given_up(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uho, "LEAST_TASKS", 2)
+    foretold = iter([[0.5] * 4, [0.7] * 4, [0.4] * 4, [0.9, 0.9, 0.1, 0.1]])  # IoUs of the four tasks, a trial each
+
+    real = uho.scoring
+
+    def scoring(job: Job, split: Any, update: Update, rungs: Sequence[int] = ()) -> Any:
+        if split == "test":
+            return real(job, split, update, rungs)
+        ious = next(foretold) if rungs else [0.0] * 4  # without rungs it is only asked how many there are
+        return [Example(None, None, flat(f"task_{i}", iou)) for i, iou in enumerate(ious)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(uho, "scoring", scoring)
+    record = search(words, tmp_path / "a", tmp_path / "study.journal", trials=4)
+    assert [trial["state"] for trial in record["history"]] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert record["pruned"] == 1
+    assert record["history"][2]["partial_iou"] == pytest.approx(0.4)
+    assert "value" not in record["history"][2]
+    assert record["val_iou"] == pytest.approx(0.7)
+
+
+def flat(task: str, iou: float) -> Score:
+    """A score of this IoU at all steps."""
+    counts = np.array([[[1000 * iou, 1000, 1000, 1000]]] * 3)
+    return Score(task, (0, 1, 2), counts, np.zeros(3), counts[-1], 0.0)
+
+
+def test_the_oracle_is_each_tasks_own_step_and_draws_are_means() -> None:
+    def score(task: str, *ious: float) -> Score:
+        counts = np.array([[[1000 * iou, 1000, 1000, 1000]] for iou in ious])
+        return Score(task, (0, 1, 2), counts, np.zeros(3), counts[-1], 0.0)
+
+    scores = [score("a", 0, 0.2, 0.6), score("b", 0, 0.5, 0.1), score("a", 0, 0.6, 0.4), score("b", 0, 0.5, 0.1)]
+    ious = uho._ious(scores, [1, 2])
+    np.testing.assert_allclose(ious, [[0.4, 0.5], [0.5, 0.1]], atol=1e-9)  # (tasks, rungs)
 
 
 @pytest.mark.parametrize(
-    "space",
-    [{"steps": {"low": 1, "high": 9}}, {"lr": {"low": 1.0}}, {"lr": {"low": 2.0, "high": 1.0}}, {"lr": {"lo": 1}}],
+    ("override", "same"),
+    [
+        ("evaluate.test_tasks=1", True),
+        ("evaluate.panels=0", True),
+        ("evaluate.validations=5", True),
+        ("uho.trials=7", True),
+        ("evaluate.val_tasks=3", False),
+        ("evaluate.shots=3", False),
+        ("update.dropout=0.1", False),
+        ("uho.steps=[1]", False),
+        ("uho.space.lr.low=1e-3", False),
+        ("model.drop_path=0.0", False),
+        ("engine=reference", False),
+        ("seed=1", False),  # of the random weights here
+    ],
 )
-def test_a_space_that_is_none_is_refused(space: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="uho.space"):
-        uho.distributions(OmegaConf.create(space))
-
-
-@pytest.mark.parametrize("space", [{"lr": {"low": 0.5, "high": 1.0}}, {"adapts": {"choices": ["head"]}}])
-def test_a_default_outside_is_refused(space: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="widen it"):
-        uho.default_parameters(uho.distributions(OmegaConf.create(space)), update())
+def test_a_study_is_of_what_decides_its_numbers(words: tuple[str, ...], override: str, same: bool) -> None:
+    one, other = (fingerprint(build(composed(*words, *more))) for more in ([], [override]))
+    assert (one == other) == same
 
 
 @pytest.mark.parametrize(

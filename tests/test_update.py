@@ -277,9 +277,14 @@ def test_too_few_shots_rehearse_nothing_and_see_the_same_mini_batches() -> None:
     assert episode.rehearsal is None
     same = plain.prepare(Episode("a task", 1, support(9), support(2)), 0, "test", "a task", 0)
     assert [numbers(batch) for batch in same.batches] == [numbers(batch) for batch in episode.batches]
+    fewer = prepared(9, steps_below=2)
+    assert [numbers(batch) for batch in same.batches[:2]] == [numbers(batch) for batch in fewer.batches]
+    assert len(prepared(10, steps_below=2).batches) == 6  # shots enough
 
 
-@pytest.mark.parametrize("field", [{"share": 0.0}, {"share": 1.0}, {"patience": 0}, {"every": 0}, {"least": 1}])
+@pytest.mark.parametrize(
+    "field", [{"share": 0.0}, {"share": 1.0}, {"patience": 0}, {"every": 0}, {"least": 1}, {"steps_below": 0}]
+)
 def test_impossible_stopping_is_refused(field: dict[str, Any]) -> None:
     (name,) = field
     with pytest.raises(ValueError, match=f"update.stopping.{name}={field[name]}: give"):
