@@ -25,6 +25,9 @@ from metaseg.metrics import Floats, bootstrap_ci95
 
 Measure = Literal["iou", "loss"]
 
+# update=, since the file names the ω that suits its θ, the learning rate chosen for it or UHO's ω*
+AGAIN = "without training anew: mode=test ckpt_path=RUN/init.safetensors update=RUN/init.safetensors"
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -234,16 +237,14 @@ def _check_same_episodes(one: FinishedRun, other: FinishedRun) -> None:
         if theirs[name][0] != value:
             raise ComparisonError(
                 f"other {name}: {value} in {one.folder}, {theirs[name][0]} in {other.folder}. Paired means the same "
-                f"episodes: run one of them again with {cure} as in the other (without training anew: mode=test "
-                "ckpt_path=RUN/init.safetensors)"
+                f"episodes: run one of them again with {cure} as in the other ({AGAIN})"
             )
     differing = [f"{task}, draw {draw}" for task, draw in sorted(one.scores.keys() ^ other.scores.keys())]
     if differing:
         raise ComparisonError(
             f"other tasks: {len(differing)} of the episodes of {one.folder} and {other.folder} are in only one of them "
             f"({'; '.join(differing[:3])}{' …' if len(differing) > 3 else ''}). Run one of them again with "
-            f"evaluate.{one.split}_tasks as in the other (without training anew: mode=test "
-            "ckpt_path=RUN/init.safetensors)"
+            f"evaluate.{one.split}_tasks as in the other ({AGAIN})"
         )
 
 
@@ -253,7 +254,7 @@ def _episodes(run: FinishedRun) -> dict[str, tuple[object, str]]:
     if drawn is None:
         raise ComparisonError(
             f"{run.folder}/results.json does not say which episodes it is of, as an older version wrote it: run it "
-            "again (without training anew: mode=test ckpt_path=RUN/init.safetensors)"
+            f"again ({AGAIN})"
         )
     return {
         "data set": (results["dataset"], "dataset"),

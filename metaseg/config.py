@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
+from metaseg.initialisation import read_about
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "curves")
@@ -58,22 +59,29 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def expand_update(arguments: Sequence[str]) -> list[str]:
-    """Replace `update=PATH` of a YAML file, such as UHO leaves, by an override for each of its values.
+    """Replace `update=PATH` by an override for each value of the update procedure that the file holds.
+
+    A YAML file holds one, as UHO leaves it; an `init.safetensors` the one that is recommended for its θ.
 
     Raises:
         ConfigError: if there is no such file, or it holds no update procedure.
+        WeightsError: if it is an `init.safetensors` that metaseg did not write.
     """
     expanded: list[str] = []
     for argument in arguments:
         path = Path(argument.removeprefix("update=")).expanduser()
-        if not argument.startswith("update=") or path.suffix not in (".yaml", ".yml"):
+        if not argument.startswith("update=") or path.suffix not in (".yaml", ".yml", ".safetensors"):
             expanded.append(argument)
             continue
         if not path.is_file():
             raise ConfigError(f"{argument}: there is no such file; to choose a preset give its name without .yaml")
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        theta = path.suffix == ".safetensors"
+        values = read_about(path).update if theta else OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(values, dict) or "optimizer" not in values:
-            raise ConfigError(f"{argument} holds no update procedure; mode=uho writes one, update.yaml")
+            raise ConfigError(
+                f"{argument} holds no update procedure; mode=uho writes one, update.yaml, and every run's "
+                "init.safetensors has one"
+            )
         expanded += [f"++update.{key}={json.dumps(value)}" for key, value in _leaves(values)]
     return expanded
 
@@ -103,8 +111,8 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
         if key != "_target_" and key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             raise ConfigError(f"{name} has no field '{key}'; did you mean {near[0]}?")
-    numbers = {key: OmegaConf.select(config, key) for key in _NUMBERS}
-    wrong = [key for key, value in numbers.items() if isinstance(value, bool | str)]
+    numbers = {key: OmegaConf.select(config, key, default=0) for key in _NUMBERS}
+    wrong = [key for key, value in numbers.items() if not _is_number(value)]
     if wrong:
         raise ConfigError(f"{name}.{wrong[0]}={numbers[wrong[0]]}: give a number")
     try:
@@ -180,38 +188,31 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     )
     size = config.dataset.get("image_size")
     yield (
-        size is not None and (size < 32 or size % 16 != 0),
+        size is not None and (not isinstance(size, int) or size < 32 or size % 16 != 0),
         f"dataset.image_size={size}: give a multiple of 16 from 32 on; EfficientLab works at stride 16",
     )
     for name, least in {"shots": 1, "queries": 1, "draws": 1, "validations": 1, "panels": 0}.items():
-        yield evaluation[name] < least, f"evaluate.{name}={evaluation[name]}: give {least} or more"
-    number = evaluation.train_tasks
-    yield number is not None and number < 0, f"evaluate.train_tasks={number}: give 0 or more, or null for all tasks"
-    for name in ("val_tasks", "test_tasks"):
-        number = evaluation[name]
-        yield number is not None and number < 1, f"evaluate.{name}={number}: give 1 or more, or null for all tasks"
+        yield _whole(f"evaluate.{name}", evaluation[name], least)
+    for name, least in {"train_tasks": 0, "val_tasks": 1, "test_tasks": 1}.items():
+        yield _whole(f"evaluate.{name}", evaluation[name], least, null="for all tasks")
     lrs = evaluation.lrs
-    usable = OmegaConf.is_list(lrs) and lrs and all(isinstance(lr, int | float) and lr > 0 for lr in lrs)
+    usable = OmegaConf.is_list(lrs) and lrs and all(_is_number(lr) and lr > 0 for lr in lrs)
     yield (
         not (lrs is None or usable),
         f"evaluate.lrs={lrs}: give a list of numbers above 0, as [0.02,0.05], or null to test update.lr",
     )
     yield from _uho_rules(config)
     yield from _curves_rules(config)
-    every = config.checkpoint_every
-    yield every < 1, f"checkpoint_every={every}: give 1 or more meta-steps"
-    yield config.workers < 0, f"workers={config.workers}: give 0 or more"
+    yield _whole("checkpoint_every", config.checkpoint_every, 1, "meta-steps")
+    yield _whole("workers", config.workers, 0)
     if learns:
-        steps = config.trainer.max_steps
-        yield steps < 1, f"trainer.max_steps={steps}: give 1 or more meta-steps, or algo=finetune for none"
-        yield config.algo.outer.lr <= 0, f"algo.outer.lr={config.algo.outer.lr}: give a number above 0"
-        yield config.algo.meta_batch < 1, f"algo.meta_batch={config.algo.meta_batch}: give 1 or more"
-    processes, engine = evaluation.processes, config.engine
-    yield (
-        processes is not None and processes < 1,
-        f"evaluate.processes={processes}: give 1 or more, or null for one a thread",
-    )
-    yield "lanes" in engine and engine.lanes < 1, f"engine.lanes={engine.get('lanes')}: give 1 or more"
+        yield _whole("trainer.max_steps", config.trainer.max_steps, 1, "meta-steps, or algo=finetune for none")
+        lr = config.algo.outer.lr
+        yield not _is_number(lr) or lr <= 0, f"algo.outer.lr={lr}: give a number above 0"
+        yield _whole("algo.meta_batch", config.algo.meta_batch, 1)
+    engine = config.engine
+    yield _whole("evaluate.processes", evaluation.processes, 1, null="for one a thread")
+    yield _whole("engine.lanes", engine.get("lanes", 1), 1)
     precision = engine.get("precision", "fp32")
     yield precision not in ("bf16", "fp32"), f"engine.precision={precision}: choose bf16 or fp32"
     accelerator = config.trainer.accelerator
@@ -229,13 +230,13 @@ def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     uho, update, searches = config.uho, config["update"], config.mode == "uho"
     yield not _ascending(uho.steps), f"uho.steps={uho.steps}: give ascending steps from 1, as [10,30]"
     for name in ("trials", "random"):
-        yield uho[name] < 1, f"uho.{name}={uho[name]}: give 1 or more"
+        yield _whole(f"uho.{name}", uho[name], 1)
     yield (
         searches and config.evaluate.lrs is not None,
         f"evaluate.lrs={config.evaluate.lrs}: mode=uho searches the learning rate itself, so leave it null",
     )
     yield (
-        searches and update.schedule["_target_"] != "metaseg.update.Constant",
+        searches and OmegaConf.is_dict(update.schedule) and update.schedule["_target_"] != "metaseg.update.Constant",
         "mode=uho scores an adaptation on its way as if it ended there, which a schedule over all steps forbids: "
         "use update.schedule._target_=metaseg.update.Constant",
     )
@@ -247,13 +248,10 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     for name in ("k", "steps"):
         yield not _ascending(curves[name]), f"curves.{name}={curves[name]}: give ascending numbers from 1, as [1,5,10]"
     for name in ("queries", "draws"):
-        yield curves[name] < 1, f"curves.{name}={curves[name]}: give 1 or more"
+        yield _whole(f"curves.{name}", curves[name], 1)
+    yield _whole("curves.tasks", curves.tasks, 1, null="for all tasks")
     yield (
-        curves.tasks is not None and curves.tasks < 1,
-        f"curves.tasks={curves.tasks}: give 1 or more, or null for all tasks",
-    )
-    yield (
-        draws_them and not curves.inits,
+        draws_them and not (OmegaConf.is_dict(curves.inits) and curves.inits),
         "mode=curves compares initialisations: name them, as "
         "curves.inits={reptile:RUN/init.safetensors,imagenet:imagenet}",
     )
@@ -271,6 +269,19 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         "mode=curves takes its initialisations from curves.inits, and their learning rates from these files: leave "
         "ckpt_path and evaluate.lrs null",
     )
+
+
+def _whole(name: str, value: Any, least: int, of: str = "", null: str = "") -> tuple[bool, str]:
+    """The rule that `value` is a whole number from `least` on, or null if `null` says what that is for."""
+    is_whole = _is_number(value) and isinstance(value, int)
+    holds = (is_whole and value >= least) or (value is None and null != "")
+    cure = ("" if is_whole else "a whole number, ") + f"{least} or more" + (f" {of}" if of else "")
+    return not holds, f"{name}={value}: give {cure}" + (f", or null {null}" if null else "")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number; YAML's true is none, though it is a Python int."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _ascending(numbers: Any) -> bool:

@@ -20,7 +20,7 @@ from metaseg.config import config_sha256, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.errors import ConfigError
 from metaseg.evaluate import Evaluation, evaluate, write_csv
-from metaseg.initialisation import load_initialisation, read_about
+from metaseg.initialisation import check_held_out, load_initialisation, read_about
 from metaseg.job import Job, create, device_of, scoring_of
 from metaseg.metrics import Floats, bootstrap_ci95
 from metaseg.panels import log_picture
@@ -84,6 +84,8 @@ def describe_curves(job: Job) -> dict[str, Any]:
     config, settings = job.config, plain(job.config.curves)
     files = {name: Path(str(init)) for name, init in settings.pop("inits").items() if init not in NAMED}
     abouts = {name: {"path": str(path), **asdict(read_about(path))} for name, path in files.items()}
+    for about in abouts.values():
+        del about["seen"]  # hundreds of classes, which the file itself names
     return {
         "schema": SCHEMA,
         "config_sha256": config_sha256(config),
@@ -106,6 +108,7 @@ def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
     if path in NAMED:
         return net, job.update
     about = load_initialisation(net, Path(path), job.about.model)
+    check_held_out(about, job.source, ["test"], f"{path} of curves.inits")
     if about.update["optimizer"] != job.about.update["optimizer"]:
         raise ConfigError(
             f"{path} recommends a learning rate for {about.update['optimizer']['_target_']}: give the update=… of that "
@@ -119,7 +122,15 @@ def episodes(job: Job, update: Update, k: int) -> EvaluationEpisodes:
     settings, seed = job.config.curves, job.config.evaluate.seed
     tasks = choose_tasks(job.source, "test", settings.tasks, seed)
     return EvaluationEpisodes(
-        job.source, "test", tasks, update, shots=k, queries=settings.queries, draws=settings.draws, seed=seed
+        job.source,
+        "test",
+        tasks,
+        update,
+        shots=k,
+        queries=settings.queries,
+        draws=settings.draws,
+        seed=seed,
+        keys=["curves.k", "curves.queries"],
     )
 
 

@@ -1,6 +1,7 @@
 """Initialisations as files: θ with what is known about it, in safetensors; and θ out of a Lightning checkpoint."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metaseg.data.faults import first
+from metaseg.data.source import SPLITS, Split, TaskSource, task_ids
 from metaseg.errors import ConfigError, WeightsError
 from metaseg.models.network import load_network
 
@@ -29,6 +32,8 @@ class About:
         seed: of the meta-training.
         meta_steps: taken.
         update: the update procedure to adapt with, as configured.
+        seen: the `task_ids` that θ learned from (train), and those on which its checkpoint was chosen (val); None if
+            they are not known, as in files of before there was this field.
     """
 
     model: dict[str, Any]
@@ -38,6 +43,7 @@ class About:
     seed: int
     meta_steps: int
     update: dict[str, Any]
+    seen: dict[str, list[str]] | None = None
 
 
 def save_initialisation(net: nn.Module, about: About, path: Path) -> None:
@@ -94,6 +100,34 @@ def check_resumable(path: Path, about: About) -> None:
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "
             "model.weights=PATH of its init.safetensors to begin a new run from its weights"
         )
+
+
+def check_held_out(about: About, source: TaskSource, splits: Sequence[Split], theta: str) -> None:
+    """Refuse to score θ on tasks that made it: an error on those says nothing of new ones.
+
+    The rule is that of one data set's splits, across two: val has no task that θ learned from; test has none of these,
+    and none on which its checkpoint was chosen. Tasks are the same if their names are, in one family of data
+    (`TaskSource.family`). Of a θ that is not known to have seen anything, nothing is refused.
+
+    Args:
+        about: what is known of θ.
+        source: the data set to score it on.
+        splits: that are to be scored.
+        theta: what the message calls θ, such as its file.
+
+    Raises:
+        ConfigError: naming some of the tasks, and the cure.
+    """
+    for split in splits:
+        earlier = {task for seen in SPLITS[: SPLITS.index(split)] for task in (about.seen or {}).get(seen, ())}
+        met = [task for task in task_ids(source, split) if task in earlier]
+        if met:
+            raise ConfigError(
+                f"{theta} was meta-trained or validated on {len(met)} classes of the {split} split of {source.name}: "
+                f"{first([task.partition('/')[2] for task in met], most=5)}. Give a θ that was trained without them "
+                "(for dataset=fpk: with dataset=fss1000_fpk; otherwise: with these in dataset.exclude or out of "
+                "dataset.splits), or score it on other classes"
+            )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], About]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.config import check, config_sha256, inner_config, make_update, plain, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256
+from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256, task_ids
+from metaseg.errors import WeightsError
 from metaseg.evaluate import Scoring
-from metaseg.initialisation import About, check_resumable, load_initialisation
+from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
 from metaseg.space import distributions
 from metaseg.update import Update
@@ -75,10 +77,26 @@ def build(config: DictConfig) -> Job:
         seed=config.seed,
         meta_steps=0,
         update=plain(config["update"]),
+        seen=tasks_seen(config, source),
     )
     if algo and config.ckpt_path is not None:
         check_resumable(Path(config.ckpt_path), about)
+    tested, theta = about, f"model.weights={config.model.get('weights')}"
+    if config.ckpt_path is not None and not algo:
+        tested, theta = read_about(Path(config.ckpt_path)), f"ckpt_path={config.ckpt_path}"
+    check_held_out(tested, source, splits_to_score(config, source), theta)
     return Job(config, source, net, update, algo, inner, create(config.engine), about)
+
+
+def tasks_seen(config: DictConfig, source: TaskSource) -> dict[str, list[str]]:
+    """`About.seen` of a θ that this run makes: its own tasks, and those of the θ that it begins from."""
+    seen: dict[str, list[str]] = {"train": [], "val": []}
+    if config.model.get("weights") not in (None, "imagenet"):
+        with suppress(WeightsError):  # weights that are not metaseg's own saw none of its tasks
+            seen |= read_about(Path(config.model.weights).expanduser()).seen or {}
+    if trains(config):
+        seen = {split: sorted({*seen[split], *task_ids(source, split)}) for split in ("train", "val")}
+    return seen
 
 
 def load(job: Job) -> About:
@@ -127,14 +145,19 @@ def scoring_of(
 
 
 def describe(job: Job, about: About) -> dict[str, Any]:
-    """What ran on what, for the head of results.json."""
+    """What ran on what, for the head of results.json.
+
+    `dataset` and `splits_sha256` are of the tested source; what θ was meta-trained on, if it was, is `trained_on`.
+    """
     config, e = job.config, job.config.evaluate
+    trained_on = {"dataset": about.dataset, "splits_sha256": about.splits_sha256} if about.meta_steps else None
     return {
         "config_sha256": config_sha256(config),
         "mode": config.mode,
         "algo": about.algo,
         "dataset": job.source.name,
-        "splits_sha256": about.splits_sha256,
+        "splits_sha256": splits_sha256(job.source),
+        "trained_on": trained_on,
         "episodes": {  # with the splits and the shots, what they were drawn from
             "seed": e.seed,
             "queries": e.queries,

@@ -132,9 +132,15 @@ class Update:
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         rules: dict[str, tuple[bool, str]] = {
+            "optimizer": (callable(self.optimizer), "one with its _target_ and _partial_=true, as torch.optim.SGD"),
             "lr": (self.lr > 0, "a number above 0"),
-            "steps": (self.steps >= 1, "1 or more"),
-            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "steps": (isinstance(self.steps, int) and self.steps >= 1, "1 or more, a whole number"),
+            "batch_size": (isinstance(self.batch_size, int) and self.batch_size >= 1, "1 or more, a whole number"),
+            "schedule": (callable(self.schedule), "one with its _target_, as metaseg.update.Constant"),
+            "stopping": (
+                isinstance(self.stopping, EarlyStopping | None),
+                "null, or a rule with its _target_, metaseg.update.EarlyStopping",
+            ),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "l1": (self.l1 >= 0, "0 or more"),
             "loss": (callable(self.loss), "a loss with its _target_, as metaseg.losses.SegmentationLoss"),

@@ -15,7 +15,19 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from metaseg.adapt import Lanes
-from metaseg.config import ConfigError, check, check_overrides, config_dir, inner_config, make_update, trains
+from metaseg.config import (
+    ConfigError,
+    check,
+    check_overrides,
+    config_dir,
+    expand_update,
+    inner_config,
+    make_update,
+    plain,
+    trains,
+)
+from metaseg.errors import WeightsError
+from metaseg.initialisation import About, save_initialisation
 from metaseg.losses import SegmentationLoss
 from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine
@@ -157,6 +169,30 @@ def test_another_inner_optimizer_comes_without_the_first_ones_arguments() -> Non
     assert make_update(composed("update=adam")["update"]).optimizer.func is Adam
 
 
+@pytest.mark.parametrize("preset", presets("update"))
+def test_the_update_procedure_that_an_initialisation_recommends_can_be_chosen(preset: str, tmp_path: Path) -> None:
+    wanted = plain(composed(f"update={preset}", "update.lr=0.003", "update.adapts=head")["update"])
+    about = About({}, "reptile", "emoji", "0" * 64, seed=0, meta_steps=3, update=wanted)
+    save_initialisation(nn.Conv2d(1, 1, 1), about, tmp_path / "init.safetensors")
+    words = expand_update([f"update={tmp_path}/init.safetensors", "update.dropout=0.1"])
+    check_overrides(words)
+    found = composed(*words)["update"]
+    assert plain(found) == {**wanted, "dropout": 0.1}
+    make_update(found)
+
+
+def test_a_file_without_a_recommendation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
+    (tmp_path / "init.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(WeightsError, match="no initialisation that metaseg wrote"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
+    about = About({}, "reptile", "emoji", "0" * 64, seed=0, meta_steps=3, update={})
+    save_initialisation(nn.Conv2d(1, 1, 1), about, tmp_path / "init.safetensors")
+    with pytest.raises(ConfigError, match="holds no update procedure"):
+        expand_update([f"update={tmp_path}/init.safetensors"])
+
+
 @pytest.mark.parametrize(
     ("mistyped", "nearest"),
     [
@@ -225,6 +261,36 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["update.adapts=everything"], "decoder"),
         (["+algo.inner.step=3"], "did you mean steps"),
         (["algo.inner.lr=-1"], "algo.inner.lr=-1: give a number above 0"),
+        (["uho.trials=abc"], "uho.trials=abc: give a whole number, 1 or more"),
+        (["uho.random=2.5"], "uho.random=2.5: give a whole number, 1 or more"),
+        (["evaluate.shots=abc"], "evaluate.shots=abc: give a whole number, 1 or more"),
+        (["evaluate.shots=null"], "evaluate.shots=None: give a whole number, 1 or more"),
+        (["evaluate.shots=true"], "evaluate.shots=True: give a whole number, 1 or more"),
+        (["evaluate.train_tasks=abc"], "train_tasks=abc: give a whole number, 0 or more, or null for all tasks"),
+        (["evaluate.val_tasks=2.5"], "val_tasks=2.5: give a whole number, 1 or more, or null for all tasks"),
+        (["evaluate.processes=abc"], "give a whole number, 1 or more, or null for one a thread"),
+        (["evaluate.lrs=[true]"], "give a list of numbers"),
+        (["engine.lanes=abc"], "engine.lanes=abc: give a whole number"),
+        (["workers=abc"], "workers=abc: give a whole number, 0 or more"),
+        (["checkpoint_every=abc"], "checkpoint_every=abc: give a whole number, 1 or more meta-steps"),
+        (
+            ["trainer.max_steps=abc"],
+            "trainer.max_steps=abc: give a whole number, 1 or more meta-steps, or algo=finetune",
+        ),
+        (["algo.meta_batch=2.5"], "algo.meta_batch=2.5: give a whole number"),
+        (["algo.outer.lr=abc"], "algo.outer.lr=abc: give a number above 0"),
+        (["dataset.image_size=abc"], "dataset.image_size=abc: give a multiple of 16"),
+        (["mode=curves", "curves.queries=null"], "curves.queries=None: give a whole number, 1 or more"),
+        (["mode=curves", "curves.inits=foo"], "name them, as curves.inits="),
+        (["update.lr=null"], "update.lr=None: give a number"),
+        (["update.steps=2.5"], "update.steps=2.5: give 1 or more, a whole number"),
+        (["update.batch_size=2.5"], "update.batch_size=2.5: give 1 or more, a whole number"),
+        (["update.schedule=foo"], "update.schedule=foo: give one with its _target_"),
+        (["mode=uho", "algo=finetune", "update.schedule=null"], "update.schedule=None: give one with its _target_"),
+        (["update.optimizer=null"], "update.optimizer=None: give one with its _target_"),
+        (["update.stopping=true"], "update.stopping=True: give null, or a rule with its _target_"),
+        (["update.stopping={share: 0.2}"], "update.stopping={'share': 0.2}: give null, or a rule with its _target_"),
+        (["algo.inner.steps=2.5"], "algo.inner.steps=2.5: give 1 or more, a whole number"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:

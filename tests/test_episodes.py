@@ -250,17 +250,22 @@ def test_all_tasks_where_there_are_no_more(number: int | None) -> None:
 
 def test_too_few_images_name_the_class_and_the_cure() -> None:
     with pytest.raises(
-        DataError, match=r"needs 10 different images .* 1 classes have fewer: hen \(9\)\. Lower eval"
+        DataError,
+        match=r"needs 10 different images .* 1 classes have fewer: hen \(9\)\. Lower evaluate.shots or evaluate.quer",
     ) as e:
         episodes(source=Fake(few="hen"), shots=6, queries=4)
     assert "give these classes more images" in str(e.value)
+    with pytest.raises(DataError, match="Lower curves.k or curves.queries, give"):
+        episodes(source=Fake(few="hen"), shots=6, queries=4, keys=["curves.k", "curves.queries"])
+    with pytest.raises(DataError, match="Lower algo.method.shots, give"):
+        Reptile(shots=10).check(Fake(splits={**SPLIT_TASKS, "train": ["hen"]}, few="hen"), update())
     episodes(source=Fake(few="hen"), shots=5, queries=4)
 
 
 def test_a_long_list_of_classes_is_cut() -> None:
     names = [f"class{i}" for i in range(12)]
     with pytest.raises(DataError, match=r"12 classes have fewer: class0 \(14\), .*class9 \(14\) …"):
-        check_counts(Fake(), names, 15)
+        check_counts(Fake(), names, 15, ["evaluate.shots"])
 
 
 def test_an_empty_split() -> None:

@@ -18,7 +18,7 @@ from metaseg.data.folder import read_mask
 from metaseg.data.fpk import FPK_CLASSES, FpkSource
 from metaseg.data.fss1000 import Fss1000Source, fss1000_splits
 from metaseg.data.pascal import PASCAL_CLASSES, VOID, PascalSource, read_labels
-from metaseg.data.source import SPLITS
+from metaseg.data.source import SPLITS, task_ids
 from metaseg.errors import DataError
 
 BUS, CAR, CAT, DOG, TV = (PASCAL_CLASSES.index(name) + 1 for name in ("bus", "car", "cat", "dog", "tvmonitor"))
@@ -278,6 +278,24 @@ def test_fpk_holds_its_classes_out_of_meta_training(fpk_roots):
     name = source.names("train")[0]
     assert source.count(name) == 10
     assert source.load(name, [0])[0].shape == (1, SIZE, SIZE, 3)
+
+
+def test_near_classes_stay_in_meta_training():
+    """As the presets' headers say."""
+    splits = fss1000_splits(exclude=list(FPK_CLASSES))
+    assert {"monitor", "trolleybus", "motor_scooter", "flowerpot"} <= {*splits["train"]}
+    assert "school_bus" in splits["val"]
+
+
+def test_fpk_and_fss1000_are_one_family(fpk_roots):
+    """So that a θ of all of FSS-1000's training classes is not tested on FP-k."""
+    tested = task_ids(fpk(*fpk_roots), "test")
+    with pytest.warns(UserWarning, match="class without a folder"):
+        source = Fss1000Source(fpk_roots[0], SIZE)
+    assert {*tested} & {*task_ids(source, "train"), *task_ids(source, "val")}
+    with pytest.warns(UserWarning, match="class without a folder"):
+        source = Fss1000Source(fpk_roots[0], SIZE, exclude=list(FPK_CLASSES))
+    assert not {*tested} & {*task_ids(source, "train"), *task_ids(source, "val")}
 
 
 def test_fpk_without_sbd(fpk_roots):

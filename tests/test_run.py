@@ -21,9 +21,9 @@ from test_config import GROUPS, presets
 from trees import write_splits, write_tree
 
 from metaseg.compare import compare
-from metaseg.config import config_dir
+from metaseg.config import config_dir, expand_update
 from metaseg.errors import ConfigError, DataError, WeightsError
-from metaseg.initialisation import load_initialisation
+from metaseg.initialisation import load_initialisation, read_about
 from metaseg.run import run, validation_interval
 
 CLASSES = [f"class_{i}" for i in range(8)]
@@ -66,6 +66,7 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     assert (found["schema"], found["algo"], found["dataset"], found["shots"]) == (1, "fomaml_star", "folder", 5)
     assert (found["meta_steps"], found["seed"], found["device"], found["batchnorm"]) == (2, 0, "cpu", "support")
     assert len(found["splits_sha256"]) == 64
+    assert found["trained_on"] == {"dataset": "folder", "splits_sha256": found["splits_sha256"]}
     drawn = {"seed": 0, "queries": 5, "draws": 2, "image_size": 32, "images": 80, "data_seed": None}
     assert found["episodes"] == drawn
     assert compare([folder], [folder]).iou.a.mean() == pytest.approx(headline)
@@ -142,6 +143,65 @@ def test_testing_a_finished_run_gives_its_numbers(
     found, first = results(tmp_path), results(folder)
     for part in ("val", "test", "algo", "meta_steps", "seed", "update"):
         assert found[part] == first[part]
+
+
+def test_a_theta_of_other_data_is_compared_on_the_tested_ones(finished: tuple[Path, float], tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", ["x", "y"])
+    splits = write_splits(tmp_path / "splits.json", [], [], ["x", "y"])
+    there = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32", "mode=test"]
+    job(tmp_path / "imagenet", *there, "algo=finetune", "logger=csv")
+    job(tmp_path / "ours", *there, "algo=fomaml_star", f"ckpt_path={finished[0]}/init.safetensors", "logger=csv")
+    assert compare([tmp_path / "imagenet"], [tmp_path / "ours"]).tasks == ("x", "y")
+    trained = results(finished[0])
+    assert results(tmp_path / "ours")["trained_on"] == trained["trained_on"]
+    assert results(tmp_path / "ours")["splits_sha256"] != trained["splits_sha256"]
+    assert results(tmp_path / "imagenet")["trained_on"] is None
+
+
+def test_the_recommended_update_gives_a_runs_numbers_without_choosing_again(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What `compare` says to do."""
+    path = finished[0] / "init.safetensors"
+    update = expand_update([f"update={path}"])
+    value = job(tmp_path, *data, *update, "mode=test", f"ckpt_path={path}", "evaluate.draws=2", "logger=csv")
+    assert value == finished[1]
+    assert results(tmp_path)["update"] == results(finished[0])["update"]
+    assert compare([finished[0]], [tmp_path]).iou.mean == 0
+
+
+@pytest.mark.parametrize("theta", ["ckpt_path={}/init.safetensors", "ckpt_path={}/checkpoints/best.ckpt"])
+@pytest.mark.parametrize("mode", ["test", "uho"])
+def test_classes_that_theta_has_seen_are_not_tested(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path, theta: str, mode: str
+) -> None:
+    """Another split of the same classes: two that it learned from, and one that chose its checkpoint, are now test."""
+    splits = write_splits(tmp_path / "splits.json", CLASSES[6:7], CLASSES[7:], CLASSES[2:5])
+    overrides = [*data, f"dataset.splits={splits}", f"mode={mode}", theta.format(finished[0]), "logger=csv"]
+    with pytest.raises(ConfigError, match="on 3 classes of the test split of folder: class_2, class_3, class_4"):
+        job(tmp_path / "run", *overrides)
+    assert list((tmp_path / "run").iterdir()) == []
+    curves = ["mode=curves", f"curves.inits={{ours:{finished[0]}/init.safetensors}}", "curves.k=[1]"]
+    with pytest.raises(ConfigError, match="safetensors of curves.inits was .* on 3 classes of the test split"):
+        job(tmp_path / "curves", *data, f"dataset.splits={splits}", *curves, "curves.queries=2", "logger=csv")
+
+
+def test_a_run_from_another_runs_weights_has_seen_their_tasks_too(
+    finished: tuple[Path, float], data: tuple[str, ...], tmp_path: Path
+) -> None:
+    root = write_tree(tmp_path / "tree", ["u", "v", "x"])
+    splits = write_splits(tmp_path / "splits.json", ["u"], ["v"], ["x"])
+    there = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    weights = f"model.weights={finished[0]}/init.safetensors"
+    job(tmp_path / "run", *there, weights, "mode=fit", "algo=reptile", "trainer.max_steps=1", "logger=csv")
+    seen = read_about(tmp_path / "run" / "init.safetensors").seen
+    assert seen == {
+        "train": [f"folder/{name}" for name in (*CLASSES[:4], "u")],
+        "val": [f"folder/{name}" for name in (*CLASSES[4:6], "v")],
+    }
+    swapped = write_splits(tmp_path / "swapped.json", [], CLASSES[6:7], CLASSES[:1])
+    with pytest.raises(ConfigError, match="model.weights=.*1 classes of the test split of folder: class_0"):
+        job(tmp_path / "other", *data, f"dataset.splits={swapped}", weights, "algo=finetune", "mode=test")
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished: tuple[Path, float], data: tuple[str, ...]) -> None:

@@ -60,4 +60,4 @@ class Algorithm(ABC):
         """
         if not source.names("train"):
             raise ConfigError("the train split has no task to meta-train on; put classes into it, or use mode=test")
-        check_counts(source, source.names("train"), self.shots)
+        check_counts(source, source.names("train"), self.shots, ["algo.method.shots"])

@@ -334,7 +334,7 @@ def _sample(split: Split, classes: int | None) -> tuple[str, ...]:
 class EmojiSource:
     """The embedded data set as a `TaskSource`: drawn once by its constructor, then read from memory-mapped files."""
 
-    name = "emoji"
+    name = family = "emoji"
 
     def __init__(
         self,

@@ -26,8 +26,14 @@ def sample_episode(
     return Episode(task, seed, support=drawn[queries:], query=drawn[:queries])
 
 
-def check_counts(source: TaskSource, tasks: Sequence[str], needed: int) -> None:
+def check_counts(source: TaskSource, tasks: Sequence[str], needed: int, keys: Sequence[str]) -> None:
     """Refuse tasks with too few images for an episode.
+
+    Args:
+        source: the data set.
+        tasks: to look at.
+        needed: images of an episode.
+        keys: what the config calls the numbers that `needed` comes from, for the message.
 
     Raises:
         DataError: naming the tasks.
@@ -36,8 +42,8 @@ def check_counts(source: TaskSource, tasks: Sequence[str], needed: int) -> None:
     if short:
         raise DataError(
             f"an episode needs {needed} different images of its class (support + query), but {len(short)} classes have "
-            f"fewer: {', '.join(short[:10])}{' …' if len(short) > 10 else ''}. Lower evaluate.shots, evaluate.queries "
-            "or algo.method.shots, give these classes more images (emoji: dataset.images_per_class), or leave them out "
+            f"fewer: {', '.join(short[:10])}{' …' if len(short) > 10 else ''}. Lower "
+            f"{' or '.join(keys)}, give these classes more images (emoji: dataset.images_per_class), or leave them out "
             "(folders: dataset.min_images)."
         )
 
@@ -66,6 +72,7 @@ class EvaluationEpisodes(Dataset[Episode]):
         queries: query images, ≥ 1.
         draws: episodes a task, ≥ 1.
         seed: of the draw.
+        keys: what the config calls shots and queries, for messages.
 
     Raises:
         DataError: if there is no task, or one has fewer than shots + queries images.
@@ -82,10 +89,11 @@ class EvaluationEpisodes(Dataset[Episode]):
         queries: int,
         draws: int,
         seed: int,
+        keys: Sequence[str] = ("evaluate.shots", "evaluate.queries"),
     ) -> None:
         if not tasks:
             raise DataError(f"the {split} split has no task; put at least one class into it")
-        check_counts(source, tasks, shots + queries)
+        check_counts(source, tasks, shots + queries, keys)
         self.source, self.split, self.tasks, self.update = source, split, tasks, update
         self.shots, self.queries, self.draws, self.seed = shots, queries, draws, seed
 

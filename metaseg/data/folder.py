@@ -9,10 +9,11 @@ import difflib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,7 +35,37 @@ class Pair(NamedTuple):
     mask: str
 
 
-class FolderSource:
+class FileSource(ABC):
+    """A `TaskSource` over pairs of files. A subclass finds the sound ones in its constructor, and reads one."""
+
+    image_size: int
+    faults: tuple[Fault, ...]
+    _listed: Mapping[Split, Sequence[str]]
+    _pairs: Mapping[str, Sequence[Any]]  # of each class that has enough of them
+
+    def names(self, split: Split) -> Sequence[str]:
+        """Names of the split's classes that have enough sound images, sorted."""
+        return sorted(task for task in self._listed[split] if task in self._pairs)
+
+    def count(self, task: str) -> int:
+        """Number of sound images that the class has."""
+        return len(self._pairs[task])
+
+    def load(self, task: str, which: Sequence[int]) -> tuple[UInt8, UInt8]:
+        """Decode and resize the class's images number `which`; see `TaskSource.load`."""
+        size = self.image_size
+        images = np.empty((len(which), size, size, 3), np.uint8)
+        masks = np.empty((len(which), size, size), np.uint8)
+        for row, number in enumerate(which):
+            images[row], masks[row] = self._read(task, self._pairs[task][number])
+        return images, masks
+
+    @abstractmethod
+    def _read(self, task: str, pair: Any) -> tuple[UInt8, UInt8]:
+        """One of the class's images, shape (image_size, image_size, 3), and its mask, (image_size, image_size)."""
+
+
+class FolderSource(FileSource):
     """A `TaskSource` over `root/<class>/`, where each image `<stem>.jpg` or `.jpeg` has its mask in `<stem>.png`.
 
     Args:
@@ -43,10 +74,11 @@ class FolderSource:
         image_size: height and width that everything is resized to, whatever its proportions were.
         min_images: a class with fewer sound images is left out: an episode draws its support and its query from one.
 
-    Images are read as they are stored: a JPEG's EXIF rotation is not applied.
+    Images are counted in natural order of their stems (2 before 10), and read as they are stored: a JPEG's EXIF
+    rotation is not applied.
     """
 
-    name = "folder"
+    name = family = "folder"
 
     def __init__(
         self,
@@ -61,33 +93,9 @@ class FolderSource:
             raise DataError(f"{self.root} is not a folder: dataset.root names the one that holds a folder per class")
         self._listed = read_splits(splits)
         self._pairs, faults = self._sound_pairs(min_images)
-        self.faults: tuple[Fault, ...] = tuple(faults)
+        self.faults = tuple(faults)
         check_filled(self._listed, self._pairs, self.faults, self.root)
         warn_of(self.faults, str(self.root))
-
-    def names(self, split: Split) -> Sequence[str]:
-        """Names of the split's sound classes, sorted."""
-        return sorted(task for task in self._listed[split] if task in self._pairs)
-
-    def count(self, task: str) -> int:
-        """Number of sound images that the class has."""
-        return len(self._pairs[task])
-
-    def load(self, task: str, which: Sequence[int]) -> tuple[UInt8, UInt8]:
-        """Decode and resize the class's images number `which`, counted in natural order of their stems (2 before 10).
-
-        Returns:
-            images, RGB, shape (len(which), image_size, image_size, 3), 0 … 255; and masks, shape (len(which),
-            image_size, image_size), 1 on the object and 0 elsewhere.
-        """
-        size, folder = self.image_size, self.root / task
-        images = np.empty((len(which), size, size, 3), np.uint8)
-        masks = np.empty((len(which), size, size), np.uint8)
-        for row, number in enumerate(which):
-            pair = self._pairs[task][number]
-            images[row] = read_image(folder / pair.image, size)
-            masks[row] = read_mask(folder / pair.mask, size)
-        return images, masks
 
     def report(self) -> str:
         """Classes and images of each split, then each kind of fault with its count, first places and cure."""
@@ -97,6 +105,10 @@ class FolderSource:
             images = sum(self.count(task) for task in names)
             lines.append(f"{split}: {len(names)} of {len(self._listed[split])} classes, {images} images")
         return "\n".join(lines + fault_lines(self.faults))
+
+    def _read(self, task: str, pair: Pair) -> tuple[UInt8, UInt8]:
+        folder, size = self.root / task, self.image_size
+        return read_image(folder / pair.image, size), read_mask(folder / pair.mask, size)
 
     def _sound_pairs(self, min_images: int) -> tuple[dict[str, tuple[Pair, ...]], list[Fault]]:
         """The pairs that can be used, for each class that has enough of them, and the faults of all the others."""

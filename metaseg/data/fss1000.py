@@ -33,7 +33,7 @@ class Fss1000Source(FolderSource):
         DataError: if `exclude` names a class that FSS-1000 does not have, or the folder cannot be used.
     """
 
-    name = "fss1000"
+    name = family = "fss1000"
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from metaseg.data.faults import UNREADABLE, Fault, fault_lines, inspect_each, warn_of
-from metaseg.data.folder import check_filled, check_known, read_image, read_splits, resize_mask
+from metaseg.data.folder import FileSource, check_filled, check_known, read_image, read_splits, resize_mask
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.errors import DataError
 
@@ -53,14 +53,15 @@ class _Finding(NamedTuple):
     """Those that are large enough to be a task's object."""
 
 
-class PascalSource:
+class PascalSource(FileSource):
     """The PASCAL classes as a `TaskSource`: a task's images show its class, and its masks are that class's pixels.
 
     VOC's void pixels (255: outlines, doubtful spots) count as background, as do all other classes.
 
     An image that shows classes of several splits serves only the last of them (test before val before train), for
     whatever it shows of that split: no image that training saw comes back in a test, and no training image has a
-    held-out object in its background. Within a split, an image belongs to every task that it shows.
+    held-out object in its background. Within a split, an image belongs to every task that it shows. A task's images are
+    in the order of VOC's names (2007_000032 first).
 
     Args:
         voc_root: `VOC2012`, which holds `JPEGImages/*.jpg` and `SegmentationClass/*.png`; or a folder around it.
@@ -79,7 +80,7 @@ class PascalSource:
         DataError: if a root, the splits or all images of a split's classes are unusable.
     """
 
-    name = "binary_pascal"
+    name = family = "binary_pascal"
 
     def __init__(
         self,
@@ -104,30 +105,6 @@ class PascalSource:
         check_filled(self._listed, self._pairs, self.faults, self._where)
         warn_of(self.faults, self._where)
 
-    def names(self, split: Split) -> Sequence[str]:
-        """Names of the split's classes that have enough images, sorted."""
-        return sorted(task for task in self._listed[split] if task in self._pairs)
-
-    def count(self, task: str) -> int:
-        """Number of images that the class has."""
-        return len(self._pairs[task])
-
-    def load(self, task: str, which: Sequence[int]) -> tuple[UInt8, UInt8]:
-        """Decode and resize the class's images number `which`, in the order of VOC's names (2007_000032 first).
-
-        Returns:
-            images, RGB, shape (len(which), image_size, image_size, 3), 0 … 255; and masks, shape (len(which),
-            image_size, image_size), 1 on the class and 0 elsewhere.
-        """
-        size, label = self.image_size, PASCAL_CLASSES.index(task) + 1
-        images = np.empty((len(which), size, size, 3), np.uint8)
-        masks = np.empty((len(which), size, size), np.uint8)
-        for row, number in enumerate(which):
-            pair = self._pairs[task][number]
-            images[row] = read_image(pair.image, size)
-            masks[row] = resize_mask(read_labels(pair.labels), size) == label
-        return images, masks
-
     def report(self) -> str:
         """Images of each class, how many the rules left out, then each kind of fault with its places and its cure."""
         lines = [self._where]
@@ -136,6 +113,10 @@ class PascalSource:
             counts = [f"{task} {self.count(task)}" for task in names]
             lines.append(", ".join([f"{split}: {len(names)} of {len(self._listed[split])} classes", *counts]))
         return "\n".join([*lines, self._left_out, *fault_lines(self.faults)])
+
+    def _read(self, task: str, pair: Pair) -> tuple[UInt8, UInt8]:
+        is_task = resize_mask(read_labels(pair.labels), self.image_size) == PASCAL_CLASSES.index(task) + 1
+        return read_image(pair.image, self.image_size), is_task.astype(np.uint8)
 
     def _sound_pairs(
         self, voc: Path, sbd: Path | None, min_images: int

@@ -22,6 +22,8 @@ class TaskSource(Protocol):
 
     name: str
     """Of the data set, for reports."""
+    family: str
+    """Data sets of one family have the same class under the same name; names of two families are not compared."""
     image_size: int
     """Height and width, in pixels, of everything that `load` returns."""
 
@@ -38,6 +40,11 @@ class TaskSource(Protocol):
             images, RGB, shape (len(which), image_size, image_size, 3), 0 … 255; and masks, shape (len(which),
             image_size, image_size), 1 on the object and 0 elsewhere.
         """
+
+
+def task_ids(source: TaskSource, split: Split) -> list[str]:
+    """The split's tasks as family/name: two data sets that share one share a class."""
+    return [f"{source.family}/{task}" for task in source.names(split)]
 
 
 def splits_sha256(source: TaskSource) -> str:
