@@ -18,10 +18,11 @@ from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from safetensors import safe_open
 from test_config import GROUPS, presets
-from trees import write_splits, write_tree
+from trees import stripes, write_splits, write_tree, write_voc
 
 from metaseg.compare import compare
 from metaseg.config import config_dir, expand_update
+from metaseg.data.fpk import FPK_CLASSES
 from metaseg.errors import ConfigError, DataError, WeightsError
 from metaseg.initialisation import load_initialisation, read_about
 from metaseg.run import run, validation_interval
@@ -323,13 +324,39 @@ def test_the_embedded_data_run_dry(tmp_path: Path) -> None:
     assert results(tmp_path)["dataset"] == "emoji"
 
 
-def test_experiments_run_dry_on_a_miniature_of_their_data(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fewshot_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature of FSS-1000: two classes a split, and FP-k's five."""
     splits = {"train": "ac_wall acorn", "val": "ab_wheel abacus", "test": "accordion american_alligator"}
-    root = write_tree(tmp_path / "fewshot_data", [name for names in splits.values() for name in names.split()])
-    for preset in presets("experiment"):
-        with pytest.warns(UserWarning, match="is left out"):
-            job(tmp_path / preset, f"experiment={preset}", f"dataset.root={root}", "evaluate.val_tasks=2", "logger=csv")
-        assert results(tmp_path / preset)["dataset"] == "fss1000"
+    names = [name for names in splits.values() for name in names.split()] + list(FPK_CLASSES)
+    return write_tree(tmp_path_factory.mktemp("fss") / "fewshot_data", names)
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+@pytest.mark.parametrize("preset", sorted(set(presets("experiment")) - {"paper_uho", "paper_curves"}))
+def test_experiments_run_dry_on_a_miniature_of_their_data(preset: str, fewshot_data: Path, tmp_path: Path) -> None:
+    data = (f"dataset.root={fewshot_data}", "evaluate.val_tasks=2", "logger=csv")
+    job(tmp_path, f"experiment={preset}", *data)
+    assert results(tmp_path)["dataset"] == "fss1000"
+    assert results(tmp_path)["test"]["draws"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+def test_the_papers_search_runs_dry(fewshot_data: Path, tmp_path: Path) -> None:
+    data = (f"dataset.root={fewshot_data}", "evaluate.val_tasks=2", "logger=csv")
+    job(tmp_path / "theta", "experiment=paper", "algo=finetune", *data)
+    theta = ["algo=finetune", f"ckpt_path={tmp_path}/theta/init.safetensors"]
+    job(tmp_path / "uho", "experiment=paper_uho", *theta, "uho.trials=2", "uho.steps=[1]", *data)
+    assert json.loads((tmp_path / "uho" / "uho.json").read_text())["trials"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+def test_the_papers_curves_run_dry(fewshot_data: Path, tmp_path: Path) -> None:
+    shown = {f"2009_00{i:04}": stripes(label) for i, label in enumerate([1, 6, 14, 16, 20] * 2)}
+    roots = (f"dataset.fss_root={fewshot_data}", f"dataset.voc_root={write_voc(tmp_path, shown)}")
+    few = ("curves.k=[1,10]", "curves.queries=2", "curves.inits={imagenet:random}", "logger=csv")
+    job(tmp_path / "run", "experiment=paper_curves", *roots, "dataset.sbd_root=null", *few)
+    assert results(tmp_path / "run")["episodes"]["k"] == [1, 10]
 
 
 def test_an_empty_split_and_scarce_classes_fail_before_training(data: tuple[str, ...], tmp_path: Path) -> None:
