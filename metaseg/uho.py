@@ -36,7 +36,6 @@ from metaseg.seeding import derive_seed
 from metaseg.space import distributions, point
 from metaseg.update import Update
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 LEAST_TASKS = 4  # of which a trial may be given up
 
 
@@ -110,13 +109,23 @@ def open_study(storage: Path, name: str, config: DictConfig) -> optuna.Study:
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that have come to their end; not those that a killed run has left."""
-    return study.get_trials(deepcopy=False, states=FINISHED)
+    """Trials that have a value, be it an estimate; not those that a killed run has left."""
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+
+def scored_on_all(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that were not given up."""
+    return [trial for trial in finished(study) if not trial.user_attrs.get("given_up")]
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial:
+    """The one of the highest IoU, of those scored on all tasks."""
+    return max(scored_on_all(study), key=_value)
 
 
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
     """The trial of ω as configured, waiting or taken."""
-    trials = study.get_trials(deepcopy=False, states=[*FINISHED, TrialState.WAITING])
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.WAITING])
     return next((trial for trial in trials if trial.user_attrs.get("default")), None)
 
 
@@ -128,7 +137,7 @@ def search(job: Job, study: optuna.Study, space: Mapping[str, BaseDistribution],
     with Progress() as progress:
         bar = progress.add_task("UHO", total=trials * episodes)
         while (taken := len(finished(study))) < trials:
-            best = max((trial.value or 0.0 for trial in study.get_trials(states=[TrialState.COMPLETE])), default=0.0)
+            best = max(map(_value, scored_on_all(study)), default=0.0)
             description = f"UHO, trial {taken + 1}/{trials}, best IoU {best:.3f}"
             progress.update(bar, completed=taken * episodes, description=description)
             value = take_trial(job, study, study.ask(dict(space)), lambda: progress.advance(bar))
@@ -152,9 +161,10 @@ def take_trial(job: Job, study: optuna.Study, trial: optuna.Trial, advance: Call
         scores.append(example.score)
         advance()
         if len(scores) == quarter < len(scored):
-            trial.report(float(_ious(scores, ladder).mean(axis=0).max()), step=quarter)
+            partial = float(_ious(scores, ladder).mean(axis=0).max())
+            trial.report(partial, step=quarter)
             if trial.should_prune():
-                study.tell(trial, state=TrialState.PRUNED)
+                give_up(study, trial, partial, quarter)
                 return None
     ious = _ious(scores, ladder)
     shared = ious.mean(axis=0)
@@ -165,6 +175,17 @@ def take_trial(job: Job, study: optuna.Study, trial: optuna.Trial, advance: Call
     return float(shared.max())
 
 
+def give_up(study: optuna.Study, trial: optuna.Trial, partial: float, tasks: int) -> None:
+    """Tell an estimate of a trial's IoU: the default's on all tasks, and how the two differ on the first `tasks`.
+
+    Told as pruned, the Gaussian process would learn nothing from it, and ask for the same ω for ever.
+    """
+    default = default_trial(study)
+    assert default is not None  # the first trial, and never given up
+    trial.set_user_attr("given_up", True)
+    study.tell(trial, _value(default) + partial - default.intermediate_values[tasks])
+
+
 def steps_ladder(job: Job) -> list[int]:
     """The step counts at which an adaptation is scored: the configured ones, and ω's own."""
     return sorted({*job.config.uho.steps, job.update.steps})
@@ -172,40 +193,35 @@ def steps_ladder(job: Job) -> list[int]:
 
 def chosen(study: optuna.Study, update: Update, about: About) -> tuple[Update, About]:
     """ω* of a study, and what is known of θ with it."""
-    values = {**study.best_trial.params, "steps": study.best_trial.user_attrs["steps"]}
+    best = best_trial(study)
+    values = {**best.params, "steps": best.user_attrs["steps"]}
     return replace(update, **values), replace(about, update={**about.update, **values})
 
 
 def summarise(study: optuna.Study, update: Mapping[str, Any], default: Update) -> dict[str, Any]:
     """The numbers of uho.json: validation IoUs in [0, 1], ω* as configured, and all trials.
 
-    `default_val_iou` is of ω as it was configured, its steps included.
+    `default_val_iou` is of ω as it was configured, its steps included. The value of a trial that was given up is an
+    estimate.
     """
-    trials, best, first = finished(study), study.best_trial, default_trial(study)
+    trials, best, first = finished(study), best_trial(study), default_trial(study)
     assert first is not None
     return {
         "trials": len(trials),
-        "pruned": sum(trial.state == TrialState.PRUNED for trial in trials),
+        "given_up": len(trials) - len(scored_on_all(study)),
         "val_iou": best.value,
         "val_iou_oracle_steps": best.user_attrs["oracle_iou"],
         "default_val_iou": first.user_attrs["iou_by_steps"][str(default.steps)],
         "update": dict(update),
-        "history": [
-            {
-                "state": trial.state.name,
-                "value" if trial.state == TrialState.COMPLETE else "partial_iou": trial.value,
-                "params": trial.params,
-                **trial.user_attrs,
-            }
-            for trial in trials
-        ],
+        "history": [{"value": trial.value, "params": trial.params, **trial.user_attrs} for trial in trials],
     }
 
 
 def draw(study: optuna.Study, path: Path) -> None:
     """The best IoU so far by trial; and, if lr was searched, each complete trial's IoU by lr and steps."""
-    complete = study.get_trials(states=[TrialState.COMPLETE])
+    complete = scored_on_all(study)
     values = np.array([trial.value for trial in complete])
+    given_up = [(trial.number, trial.value) for trial in finished(study) if trial not in complete]
     points = [
         (trial.params["lr"], int(steps), iou)
         for trial in complete
@@ -216,18 +232,25 @@ def draw(study: optuna.Study, path: Path) -> None:
     course, *surface = figure.subplots(1, 2 if points else 1, squeeze=False)[0]
     numbers = [trial.number for trial in complete]
     course.plot(numbers, values, "o", color="#9aa5b1", markersize=4, label="trial")
+    if given_up:
+        course.plot(*zip(*given_up, strict=True), "x", color="#9aa5b1", markersize=4, label="given up, estimate")
     course.step(numbers, np.maximum.accumulate(values), where="post", color="#2f7fb8", label="best so far")
     course.set(xlabel="trial", ylabel="IoU on validation tasks")
     course.legend(frameon=False)
     for ax in surface:
         lrs, steps, ious = zip(*points, strict=True)
         shown = ax.scatter(lrs, steps, c=ious, s=30)
-        best = study.best_trial
+        best = best_trial(study)
         ax.plot(best.params["lr"], best.user_attrs["steps"], "r*", markersize=13, label="ω*")
         ax.set(xscale="log", yscale="log", xlabel="lr", ylabel="steps")
         ax.legend(frameon=False)
         figure.colorbar(shown, ax=ax, label="IoU")
     figure.savefig(path, dpi=120)
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # it is complete
+    return trial.value
 
 
 def _ious(scores: Sequence[Score], ladder: Sequence[int]) -> Floats:

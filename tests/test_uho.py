@@ -1,7 +1,8 @@
 """The search for the update procedure: its space, its honest score, its resuming, and what it leaves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_a_search_leaves_omega_and_a_second_one_returns_at_once(
     storage = tmp_path / "study.journal"
     record = search(words, tmp_path / "a", storage, trials=4)
     assert record["trials"] == 4
-    complete = [trial for trial in record["history"] if trial["state"] == "COMPLETE"]
+    complete = record["history"]
     assert record["val_iou"] == max(trial["value"] for trial in complete) >= record["default_val_iou"]
     (default,) = (trial for trial in record["history"] if trial.get("default"))
     assert default["params"]["lr"] == 0.05
@@ -148,27 +149,40 @@ def test_a_kill_before_the_report_tests_again(
     assert (record["trials"], results(tmp_path / "b")["test"]["tasks"]) == (2, 2)
 
 
-def test_a_trial_below_the_median_is_given_up(
-    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uho, "LEAST_TASKS", 2)
-    foretold = iter([[0.5] * 4, [0.7] * 4, [0.4] * 4, [0.9, 0.9, 0.1, 0.1]])  # IoUs of the four tasks, a trial each
-
+def foretell(monkeypatch: pytest.MonkeyPatch, trials: Iterator[list[float]]) -> None:
+    """Have each trial's validation tasks score these IoUs."""
     real = uho.scoring
 
     def scoring(job: Job, split: Any, update: Update, rungs: Sequence[int] = ()) -> Any:
         if split == "test":
             return real(job, split, update, rungs)
-        ious = next(foretold) if rungs else [0.0] * 4  # without rungs it is only asked how many there are
+        ious = next(trials) if rungs else [0.0] * 4  # without rungs it is only asked how many there are
         return [Example(None, None, flat(f"task_{i}", iou)) for i, iou in enumerate(ious)]  # type: ignore[arg-type]
 
+    monkeypatch.setattr(uho, "LEAST_TASKS", 2)
     monkeypatch.setattr(uho, "scoring", scoring)
+
+
+def test_a_trial_below_the_median_is_given_up_with_an_estimate(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default, good, poor, late = [0.6, 0.6, 0.4, 0.4], [0.7] * 4, [0.4] * 4, [0.9, 0.9, 0.1, 0.1]
+    foretell(monkeypatch, iter([default, good, poor, late]))
     record = search(words, tmp_path / "a", tmp_path / "study.journal", trials=4)
-    assert [trial["state"] for trial in record["history"]] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
-    assert record["pruned"] == 1
-    assert record["history"][2]["partial_iou"] == pytest.approx(0.4)
-    assert "value" not in record["history"][2]
-    assert record["val_iou"] == pytest.approx(0.7)
+    assert [trial.get("given_up", False) for trial in record["history"]] == [False, False, True, False]
+    # the default's 0.5 on all four, and 0.4 − 0.6 on the two that were seen
+    assert [trial["value"] for trial in record["history"]] == pytest.approx([0.5, 0.7, 0.3, 0.5])
+    assert (record["given_up"], record["val_iou"]) == (1, pytest.approx(0.7))
+
+
+def test_the_sampler_learns_from_what_was_given_up(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foretell(monkeypatch, chain([[0.6] * 4, [0.7] * 4], repeat([0.1] * 4)))
+    record = search(words, tmp_path / "a", tmp_path / "study.journal", trials=9)
+    assert record["given_up"] >= 3
+    asked = [json.dumps(trial["params"], sort_keys=True) for trial in record["history"]]
+    assert len(set(asked)) == len(asked)
 
 
 def flat(task: str, iou: float) -> Score:
