@@ -1,12 +1,13 @@
 """Initialisations as files: θ with what is known about it, in safetensors; and θ out of a Lightning checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from metaseg.errors import ConfigError, WeightsError
 from metaseg.models.network import load_network
 
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
+_TRUSTED = ("metaseg.models.", "metaseg.update.", "metaseg.losses.", "torch.optim.")
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
 
 
@@ -85,6 +87,34 @@ def read_about(path: Path) -> About:
         WeightsError: if the file is unreadable.
     """
     return _read(path)[1]
+
+
+def check_trusted(about: About, path: Path) -> None:
+    """Refuse a file whose configuration would have anything made but metaseg's and torch's parts of a network and ω.
+
+    Hydra calls what a `_target_` names, and a file may come from anywhere.
+
+    Raises:
+        WeightsError: naming the first one.
+    """
+    for target in _targets([about.model, about.update]):
+        try:
+            made = get_object(target) if str(target).startswith(_TRUSTED) else None
+        except Exception:  # whatever an import raises
+            made = None
+        if not isinstance(made, type) or not f"{made.__module__}.".startswith(_TRUSTED):
+            raise WeightsError(
+                f"{path} asks for {target}, which is neither metaseg's nor torch's, so nothing of it is run; to load a "
+                "network of your own use metaseg.initialisation.load_initialisation"
+            )
+
+
+def _targets(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        yield from (node[key] for key in node if key == "_target_")
+    if isinstance(node, dict | list):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _targets(part)
 
 
 def check_resumable(path: Path, about: About) -> None:
