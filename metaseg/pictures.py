@@ -142,7 +142,7 @@ def as_mask(mask: Pixels) -> UInt8:
             mask = mask.convert("RGBA")
     values = _channels_last(mask)
     if values.dtype == bool or values.dtype.kind == "f":
-        return (values.max(axis=2) > 0.5).astype(np.uint8)
+        return np.asarray(values[..., :3].max(axis=2) > 0.5).astype(np.uint8)
     shown = values[..., :3].max(axis=2)
     if values.shape[2] == 4:
         shown = np.where(values[..., 3] > np.iinfo(values.dtype).max // 2, shown, 0)
@@ -416,6 +416,6 @@ def _size(height: Any, width: Any) -> tuple[int, int] | None:
 
 def _outline(points: Any) -> NDArray[np.float64]:
     outline = np.asarray(points, dtype=np.float64)
-    if outline.ndim != 2 or outline.shape[1] != 2 or not np.isfinite(outline).all():
-        raise ValueError("a polygon is pairs of finite numbers")
+    if outline.ndim != 2 or outline.shape[1] != 2 or not (np.abs(outline) < 1e9).all():
+        raise ValueError("a polygon is pairs of numbers, in pixels")
     return outline

@@ -70,7 +70,7 @@ class Initialisation:
     """
 
     def __init__(self, net: nn.Module, about: About, image_size: int) -> None:
-        self.net = net.eval()
+        self.net = net.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # of modules, too
         self.about = replace(about, image_size=image_size)
         self.image_size = image_size
 
@@ -90,7 +90,7 @@ class Initialisation:
             images: at least one; see `pictures.as_picture`.
             masks: one an image, of its size; see `pictures.as_mask`.
             update: values of ω to use instead of the recommended ones, such as {"steps": 50, "loss.darc1": 0.1}; or all
-                of them, with their `_target_`. From `MANY_SHOTS` images on, unless `steps` or `stopping` is given or
+                of them, with their `_target_`. From `MANY_SHOTS` shots on, unless `steps` or `stopping` is given or
                 recommended otherwise, the steps are chosen on a fifth of them, held out (`MANY_SHOT_UPDATE`). The
                 batch-norm policy `batch` is taken as `support`, for images come one at a time.
             tile: learn from the images' own pixels, as `predict` does with `tile`: all windows with some of the object
@@ -103,7 +103,7 @@ class Initialisation:
             ConfigError: if ω cannot work.
         """
         views = [view for group in self._groups(images, masks, tile) for view in group]
-        return self._adapt(views, update, seed, progress)
+        return self.adapt_to(views, update=update, seed=seed, progress=progress)
 
     def leave_one_out(
         self,
@@ -130,7 +130,7 @@ class Initialisation:
         ious = []
         for i, image, mask in zip(range(len(groups)), images, masks, strict=True):
             others = [view for j, group in enumerate(groups) if j != i for view in group]
-            adapted = self._adapt(others, update, seed, progress)
+            adapted = self.adapt_to(others, update=update, seed=seed, progress=progress)
             prediction, truth = adapted.predict(image, tile=tile, flips=flips), as_mask(mask)
             ious.append(float(iou((prediction & truth).sum(), (prediction | truth).sum())))
         return ious
@@ -215,32 +215,38 @@ class Initialisation:
             except PictureError as error:
                 raise DataError(f"image {len(groups)}: {error}") from error
 
-    def _adapt(
+    def adapt_to(
         self,
         views: Sequence[View],
-        overrides: Mapping[str, Any] | None,
-        seed: int,
-        progress: Callable[[Progress], None] | None,
+        *,
+        update: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        progress: Callable[[Progress], None] | None = None,
     ) -> "Adapted":
-        """The one inner loop, on images as the network sees them."""
+        """`adapt`, to what `views` gave: the inner loop that everything here goes through.
+
+        Raises:
+            DataError: if there are none.
+            ConfigError: if ω cannot work.
+        """
         if not views:
             raise DataError("no labelled image to adapt to: give at least one")
         started = time.perf_counter()
-        config = self.omega(overrides, len(views))
-        update = make_update(OmegaConf.create(config))
+        config = self.omega(update, len(views))
+        procedure = make_update(OmegaConf.create(config))
         order = generator(seed, "order").permutation(len(views))  # or early stopping would hold out the last ones
         support = Batch.from_numpy(*(np.stack([views[i][part] for i in order]) for part in (0, 1)))
         episode = Episode("support", derive_seed(seed, "adapt"), support, support[:0])
-        episode = update.prepare(episode, seed, "adapt").to(_device(self.net))
-        adapt = _adapter(self.net, update)
+        episode = procedure.prepare(episode, seed, "adapt").to(_device(self.net))
+        adapt = _adapter(self.net, procedure)
         tell = progress or (lambda _: None)
         held_out: list[tuple[int, float]] = []
 
         def scored(step: int, score: float) -> None:
             held_out.append((step, score))
-            tell(Progress(True, step, update.steps, float(adapt.last_loss), score))
+            tell(Progress(True, step, procedure.steps, float(adapt.last_loss), score))
 
-        adapt.scored = scored
+        adapt.on_score = scored
         batches = adapt.batches(self.net, episode)
         adapt.start(self.net, episode.seed)
         losses = []
@@ -248,7 +254,8 @@ class Initialisation:
             adapt.step(batch)
             losses.append(float(adapt.last_loss))
             tell(Progress(False, adapt.taken, len(batches), losses[-1], max((s for _, s in held_out), default=None)))
-        net = copy.deepcopy(self.net)  # with memory of its own; what an engine hands out may be views of one vector
+        # memory of its own, laid out as a file's: what an engine has made are views of one vector
+        net = copy.deepcopy(self.net).to(memory_format=torch.contiguous_format)
         net.load_state_dict(adapt.network(episode.support).state_dict())
         about = replace(self.about, update=config, shots=len(views))
         return Adapted(net, about, self.image_size, losses, held_out, time.perf_counter() - started)

@@ -32,10 +32,10 @@ class Adapter(ABC):
     Attributes:
         phi: φ, ours until the next `start`.
         last_loss: of the last mini-batch, before its step, without L2 and L1; a scalar.
-        scored: told, under early stopping, each score of the rehearsal: its step and the held-out share's IoU.
+        on_score: told, under early stopping, each score of the rehearsal: its step and the held-out share's IoU.
     """
 
-    scored: Callable[[int, float], None] = staticmethod(lambda step, iou: None)
+    on_score: Callable[[int, float], None] = staticmethod(lambda step, iou: None)
 
     def __init__(self, net: nn.Module, update: Update) -> None:
         self.update = update
@@ -65,7 +65,7 @@ class Adapter(ABC):
             if self.taken % stopping.every == 0 or self.taken == last:
                 logits = self.predict(rehearsal.query.images, rehearsal.support)
                 iou = mean_iou(counts(logits.argmax(dim=1), rehearsal.query.masks))
-                self.scored(self.taken, iou)
+                self.on_score(self.taken, iou)
                 if iou > best_iou:
                     best, best_iou = self.taken, iou
                 elif self.taken - best >= stopping.patience:

@@ -101,7 +101,8 @@ def run(request: Request, console: Console) -> None:
         model, learned = _adapt(init, labelled, Path(config.support), request, faults, console)
         record |= learned
         model.save(out.folder / "adapted.safetensors")
-    record |= {"about": asdict(model.about), "faults": [], "predicted": {}}
+    about = {key: value for key, value in asdict(model.about).items() if key != "seen"}  # hundreds of classes
+    record |= {"about": about, "faults": [], "predicted": {}}
     out.write_record(record)  # from now on the files here are known as ours, also if this run is interrupted
 
     predicted: dict[str, float] = {}
@@ -159,9 +160,7 @@ def _adapt(
         missing = fault_lines(faults) or ["there are no images with masks; --help says how they are named"]
         raise DataError("\n".join([f"nothing in support={folder} can be used:", *missing]))
     with _bar(console, "adapting") as progress:
-        # views are adapted to as they are: they have the network's size
-        images, masks = [image for image, _ in views], [mask for _, mask in views]
-        model = init.adapt(images, masks, update=request.update, seed=config.seed, progress=progress)
+        model = init.adapt_to(views, update=request.update, seed=config.seed, progress=progress)
     learned: dict[str, Any] = {
         "support": [one.image.relative_to(folder).as_posix() for one in sound],
         "steps": model.steps,
