@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,29 +93,31 @@ def read_about(path: Path) -> About:
 def check_trusted(about: About, path: Path) -> None:
     """Refuse a file whose configuration would have anything made but metaseg's and torch's parts of a network and ω.
 
-    Hydra calls what a `_target_` names, and a file may come from anywhere.
+    Hydra calls what a `_target_` names, and OmegaConf resolves `${…}`, while a file may come from anywhere.
 
     Raises:
-        WeightsError: naming the first one.
+        WeightsError: naming the first such thing.
     """
-    for target in _targets([about.model, about.update]):
-        try:
-            made = get_object(target) if str(target).startswith(_TRUSTED) else None
-        except Exception:  # whatever an import raises
-            made = None
-        if not isinstance(made, type) or not f"{made.__module__}.".startswith(_TRUSTED):
+    for key, value in _values({"model": about.model, "update": about.update}):
+        made = None
+        if key == "_target_" and str(value).startswith(_TRUSTED):
+            with suppress(Exception):  # whatever an import raises
+                made = get_object(value)
+        ours = isinstance(made, type) and f"{made.__module__}.".startswith(_TRUSTED)
+        if (key == "_target_" and not ours) or "${" in str(value):
             raise WeightsError(
-                f"{path} asks for {target}, which is neither metaseg's nor torch's, so nothing of it is run; to load a "
+                f"{path} asks for {value}, which is neither metaseg's nor torch's, so nothing of it is run; to load a "
                 "network of your own use metaseg.initialisation.load_initialisation"
             )
 
 
-def _targets(node: Any) -> Iterator[Any]:
-    if isinstance(node, dict):
-        yield from (node[key] for key in node if key == "_target_")
+def _values(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """All that is no container, with its key."""
     if isinstance(node, dict | list):
-        for part in node.values() if isinstance(node, dict) else node:
-            yield from _targets(part)
+        for name, part in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _values(part, name)
+    else:
+        yield key, node
 
 
 def check_resumable(path: Path, about: About) -> None:

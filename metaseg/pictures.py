@@ -252,7 +252,7 @@ class _Files(NamedTuple):
 def _scan(folder: Path) -> _Files:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    apart = (folder / "images").is_dir()
+    apart = (folder / "images").is_dir() and not any(path.suffix.lower() in SUFFIXES for path in _listed(folder))
     base = folder / "images" if apart else folder
     found = _listed(base)
     pictures = [path for path in found if path.suffix.lower() in SUFFIXES]

@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,19 +202,15 @@ class Initialisation:
 
     def _groups(self, images: Iterable[Pixels], masks: Iterable[Pixels], tile: bool) -> list[list[View]]:
         """The views of each image."""
-        groups: list[list[View]] = []
-        pairs = zip(images, masks, strict=True)
-        while True:
+        groups = []
+        for i, (image, mask) in enumerate(zip_longest(images, masks)):
+            if image is None or mask is None:
+                raise DataError("there are not as many images as masks: give one mask an image")
             try:
-                pair = next(pairs, None)
-            except ValueError as error:
-                raise DataError("there are not as many images as masks: give one mask an image") from error
-            if pair is None:
-                return groups
-            try:
-                groups.append(self.views(*pair, tile=tile))
+                groups.append(self.views(image, mask, tile=tile))
             except PictureError as error:
-                raise DataError(f"image {len(groups)}: {error}") from error
+                raise DataError(f"image {i}: {error}") from error
+        return groups
 
     def adapt_to(
         self,

@@ -149,10 +149,11 @@ def test_the_page_needs_only_its_folder_and_shows_names_as_text(command: Command
 
 
 def test_images_of_one_stem_have_a_mask_each(command: Command, place: Path) -> None:
-    (place / "query" / "images").mkdir()
+    images = place / "query" / "apart" / "images"
+    images.mkdir(parents=True)
     for suffix in ("jpg", "png", "webp"):
-        Image.open(place / "query" / "3.jpg").save(place / "query" / "images" / f"a.{suffix}")
-    command()
+        Image.open(place / "query" / "3.jpg").save(images / f"a.{suffix}")
+    command(f"query={images.parent}")
     assert {name for name in files(place / "out") if "masks" in name} == {
         f"masks/a.{s}.png" for s in ("jpg", "png", "webp")
     }

@@ -294,6 +294,12 @@ def test_images_come_in_natural_order_and_hidden_files_are_no_matter(tmp_path: P
     assert find_pictures(tmp_path / "9.jpg") == ([tmp_path / "9.jpg"], [])
 
 
+def test_pictures_in_the_folder_itself_go_before_a_folder_of_images(tmp_path: Path) -> None:
+    layout(tmp_path, "beside")
+    write(tmp_path / "images" / "other.jpg", noise())
+    assert [path.name for path in find_pictures(tmp_path)[0]] == ["a.jpg"]
+
+
 def test_what_has_no_partner_is_named_and_the_rest_is_used(tmp_path: Path) -> None:
     layout(tmp_path, "beside")
     write(tmp_path / "alone.jpg", noise())

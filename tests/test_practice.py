@@ -1,5 +1,6 @@
 """metaseg.load(path).adapt(images, masks).predict(image): what it gives, and what it says when it cannot."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,12 +18,17 @@ import metaseg
 from metaseg import practice
 from metaseg.adapt import Adapter
 from metaseg.data.source import UInt8
+from metaseg.engine import Reference
+from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError, DataError, WeightsError
 from metaseg.initialisation import About, save_initialisation
 from metaseg.metrics import iou
 from metaseg.models import EfficientLab
 from metaseg.pictures import PictureError
 from metaseg.practice import Adapted, Initialisation, Progress
+from metaseg.update import Update
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SIZE = 32
 UPDATE: dict[str, Any] = {
@@ -37,6 +43,7 @@ MODEL = {
     "_target_": "metaseg.models.EfficientLab",
     "backbone": "tf_efficientnet_lite0",
     "rsd": [16],
+    "drop_path": 0.0,
     "weights": "imagenet",
 }
 ABOUT = About(MODEL, "reptile", "folder", "0" * 64, seed=0, meta_steps=3, update=UPDATE, image_size=SIZE)
@@ -46,7 +53,7 @@ ABOUT = About(MODEL, "reptile", "folder", "0" * 64, seed=0, meta_steps=3, update
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("theta") / "init.safetensors"
-    save_initialisation(EfficientLab("tf_efficientnet_lite0", rsd=(16,)), ABOUT, file)
+    save_initialisation(EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0), ABOUT, file)
     return file
 
 
@@ -117,6 +124,33 @@ def test_the_plain_forward_is_the_inner_loops_prediction(
     # at the network's own size there is nothing to resize
     whole = [adapted.predict(image.permute(1, 2, 0).numpy()) for image in images]
     np.testing.assert_array_equal(whole, logits.argmax(1).numpy())
+
+
+def adapted_by_the_plain_loop(init: Initialisation) -> nn.Module:
+    """φ by the reference engine; without anything random, for a mini-batch is the whole support."""
+    images, masks = labelled(3, SIZE, SIZE)
+    support = Batch.from_numpy(np.stack(images), np.stack(masks) // 255)
+    update = Update(torch.optim.SGD, lr=1e-5, steps=2, dropout=0.0, augment=0.0)
+    net = copy.deepcopy(init.net).cpu()
+    adapt = Reference(net, update)
+    adapt(net, Episode("a task", 0, support, support[:0], batches=(support, support)))
+    return adapt.network(support)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, CUDA])])
+def test_it_is_the_one_inner_loop(device: str) -> None:
+    # not a random net: that one turns the last digits into the first ones
+    net = EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0, weights="imagenet")
+    init = Initialisation(net.to(device), ABOUT, SIZE)
+    omega = {"lr": 1e-5, "batch_size": 3, "dropout": 0.0, "augment": 0.0}
+    adapted = init.adapt(*labelled(3, SIZE, SIZE), update=omega)
+    query = torch.from_numpy(np.stack(labelled(5, SIZE, SIZE)[0][3:])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = adapted_by_the_plain_loop(init)(query)
+        logits = adapted.net(query.to(device)).cpu()
+        before = net(query.to(device)).cpu()
+    assert (before - expected).abs().max() > 1
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=0.02 if device == "cpu" else 0.5)
 
 
 def test_what_is_saved_predicts_at_once(init: Initialisation, tmp_path: Path) -> None:
@@ -279,7 +313,7 @@ def test_an_object_too_small_for_the_image_size_is_refused_but_not_in_tiles(init
 
 
 def written(path: Path, about: About, net: nn.Module | None = None) -> Path:
-    net = net or EfficientLab("tf_efficientnet_lite0", rsd=(16,))
+    net = net or EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0)
     save_initialisation(net, about, path / "theta.safetensors")
     return path / "theta.safetensors"
 
@@ -310,12 +344,15 @@ def test_nothing_that_a_file_names_is_run_but_networks_losses_and_optimizers(tmp
     ):
         with pytest.raises(WeightsError, match=f"asks for {target}, which is neither metaseg's nor torch's"):
             metaseg.load(written(tmp_path, replace(ABOUT, **spoilt)))
+    hidden = f"${{oc.decode:'{{_target_: os.system, command: touch {tmp_path}/ran}}'}}"
+    with pytest.raises(WeightsError, match="asks for .*oc.decode"):
+        metaseg.load(written(tmp_path, replace(ABOUT, update={**UPDATE, "loss": hidden})))
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_old_file_says_its_image_size_or_is_asked_for_it(tmp_path: Path) -> None:
     old = {key: value for key, value in asdict(ABOUT).items() if key not in ("image_size", "shots", "seen")}
-    state = EfficientLab("tf_efficientnet_lite0", rsd=(16,)).state_dict()
+    state = EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0).state_dict()
     for dataset in ("emoji_many_shot", "folder"):
         metadata = {key: json.dumps(value) for key, value in {**old, "dataset": dataset}.items()}
         save_file(state, tmp_path / f"{dataset}.safetensors", metadata=metadata)

@@ -171,7 +171,7 @@ def _adapt(
     if config.leave_one_out:
         files = _Files(sound, 0), _Files(sound, 1)
         options = {"tile": config.tile, "flips": config.flips, "seed": config.seed, "update": request.update}
-        with _bar(console, "leaving one out") as progress:
+        with _bar(console, f"leaving one out, {len(sound)} adaptations") as progress:
             ious = init.leave_one_out(*files, **options, progress=progress)
         by_image = dict(zip(learned["support"], ious, strict=True))
         learned["leave_one_out"] = {"iou": float(np.mean(ious)), "by_image": by_image}
