@@ -140,6 +140,7 @@ def adapted_by_the_plain_loop(init: Initialisation) -> nn.Module:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, CUDA])])
 def test_it_is_the_one_inner_loop(device: str) -> None:
     # not a random net: that one turns the last digits into the first ones
+    torch.manual_seed(0)
     net = EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0, weights="imagenet")
     init = Initialisation(net.to(device), ABOUT, SIZE)
     omega = {"lr": 1e-5, "batch_size": 3, "dropout": 0.0, "augment": 0.0}
@@ -150,7 +151,7 @@ def test_it_is_the_one_inner_loop(device: str) -> None:
         logits = adapted.net(query.to(device)).cpu()
         before = net(query.to(device)).cpu()
     assert (before - expected).abs().max() > 1
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=0.02 if device == "cpu" else 0.5)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=0.1 if device == "cpu" else 0.5)
 
 
 def test_what_is_saved_predicts_at_once(init: Initialisation, tmp_path: Path) -> None:
