@@ -39,6 +39,7 @@ class About:
             they are not known, as in files of before there was this field.
         image_size: height and width of the images that θ learned from; None if not known, likewise.
         shots: images of a task of its own that θ was adapted to since; None for an initialisation.
+        tile: whether these were windows of larger images' own pixels.
     """
 
     model: dict[str, Any]
@@ -51,6 +52,7 @@ class About:
     seen: dict[str, list[str]] | None = None
     image_size: int | None = None
     shots: int | None = None
+    tile: bool = False
 
 
 def save_initialisation(net: nn.Module, about: About, path: Path) -> None:

@@ -36,11 +36,12 @@ Pixels: TypeAlias = NDArray[Any] | Image.Image | torch.Tensor
 
 
 class PictureError(DataError):
-    """A picture that cannot be used, as a `Fault` without its place."""
+    """A picture that cannot be used: a `Fault` before its place is known; `path` is the file, if it is one's."""
 
     def __init__(self, kind: str, cure: str, detail: str = "") -> None:
         super().__init__(f"{kind}{detail and f' ({detail})'}: {cure}")
         self.kind, self.cure, self.detail = kind, cure, detail
+        self.path: Path | None = None
 
     def at(self, path: Path) -> Fault:
         """The fault of the file at `path`."""
@@ -216,8 +217,6 @@ def find_labelled(folder: Path, category: str | None = None) -> tuple[list[Label
         ConfigError: if it must be said which category is the object.
     """
     files = _scan(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give the one that holds the labelled images and their masks")
     faults = list(files.faults)
     drawn = _read_drawings(files.drawings, folder, category, faults)
     names = {path.name for path in files.images}
@@ -298,16 +297,22 @@ def _decode(path: Path, convert: Callable[[Image.Image], UInt8]) -> UInt8:
                 if file.width * file.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{file.width}×{file.height}")
                 return convert(file)
-    except PictureError:
-        raise
-    except Image.DecompressionBombError as error:
-        cure = f"cut it into parts or shrink it to at most {MAX_PIXELS // 1_000_000} megapixels"
-        raise PictureError("image of too many pixels", cure, str(error)) from error
     except Exception as error:  # of damaged files Pillow raises errors of all kinds
-        cure = "export it again as JPEG or PNG, or remove it"
-        foreign = isinstance(error, UnidentifiedImageError)  # whose message is the path
-        detail = "no known image format" if foreign else f"{type(error).__name__}: {error}"
-        raise PictureError("unreadable file", cure, detail) from error
+        broken = _told(error)
+        broken.path = path
+        raise broken from error
+
+
+def _told(error: Exception) -> PictureError:
+    if isinstance(error, PictureError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        cure = f"cut it into parts or shrink it to at most {MAX_PIXELS // 1_000_000} megapixels"
+        return PictureError("image of too many pixels", cure, str(error))
+    # whose own message is the path
+    foreign = isinstance(error, UnidentifiedImageError)
+    detail = "no known image format" if foreign else f"{type(error).__name__}: {error}"
+    return PictureError("unreadable file", "export it again as JPEG or PNG, or remove it", detail)
 
 
 def _channels_last(image: Pixels) -> NDArray[Any]:

@@ -104,7 +104,7 @@ class Initialisation:
             ConfigError: if ω cannot work.
         """
         views = [view for group in self._groups(images, masks, tile) for view in group]
-        return self.adapt_to(views, update=update, seed=seed, progress=progress)
+        return self.adapt_to(views, update=update, tile=tile, seed=seed, progress=progress)
 
     def leave_one_out(
         self,
@@ -131,13 +131,15 @@ class Initialisation:
         ious = []
         for i, image, mask in zip(range(len(groups)), images, masks, strict=True):
             others = [view for j, group in enumerate(groups) if j != i for view in group]
-            adapted = self.adapt_to(others, update=update, seed=seed, progress=progress)
-            prediction, truth = adapted.predict(image, tile=tile, flips=flips), as_mask(mask)
+            adapted = self.adapt_to(others, update=update, tile=tile, seed=seed, progress=progress)
+            prediction, truth = adapted.predict(image, flips=flips), as_mask(mask)
             ious.append(float(iou((prediction & truth).sum(), (prediction | truth).sum())))
         return ious
 
     @torch.no_grad()
-    def predict(self, image: Pixels, *, soft: bool = False, tile: bool = False, flips: bool = False) -> NDArray[Any]:
+    def predict(
+        self, image: Pixels, *, soft: bool = False, tile: bool | None = None, flips: bool = False
+    ) -> NDArray[Any]:
         """The object in an image.
 
         Args:
@@ -145,7 +147,7 @@ class Initialisation:
             soft: give probabilities instead of a mask.
             tile: for large images with small objects: predict windows of image_size × image_size of the image's own
                 pixels, which overlap by half and are blended. The network should have adapted to objects of that
-                scale: with `tile`, or to images cut out at that size.
+                scale: with `tile`, or to images cut out at that size. None does as it adapted.
             flips: average with what the mirrored image gives, for twice the time.
 
         Returns:
@@ -155,7 +157,8 @@ class Initialisation:
             PictureError: if the image cannot be used.
         """
         picture = as_picture(image)
-        probability = self._in_tiles(picture, flips) if tile else self._whole(picture, flips)
+        tiles = self.about.tile if tile is None else tile
+        probability = self._in_tiles(picture, flips) if tiles else self._whole(picture, flips)
         return probability if soft else (probability > 0.5).astype(np.uint8)
 
     def save(self, path: str | Path) -> None:
@@ -217,10 +220,11 @@ class Initialisation:
         views: Sequence[View],
         *,
         update: Mapping[str, Any] | None = None,
+        tile: bool = False,
         seed: int = 0,
         progress: Callable[[Progress], None] | None = None,
     ) -> "Adapted":
-        """`adapt`, to what `views` gave: the inner loop that everything here goes through.
+        """`adapt`, to what `views` gave, with `tile` or not: the inner loop that everything here goes through.
 
         Raises:
             DataError: if there are none.
@@ -254,7 +258,7 @@ class Initialisation:
         # memory of its own, laid out as a file's: what an engine has made are views of one vector
         net = copy.deepcopy(self.net).to(memory_format=torch.contiguous_format)
         net.load_state_dict(adapt.network(episode.support).state_dict())
-        about = replace(self.about, update=config, shots=len(views))
+        about = replace(self.about, update=config, shots=len(views), tile=tile)
         return Adapted(net, about, self.image_size, losses, held_out, time.perf_counter() - started)
 
     def _forward(self, squares: UInt8, flips: bool) -> NDArray[np.float32]:

@@ -133,6 +133,8 @@ def test_large_images_in_tiles(command: Command, place: Path) -> None:
     expected = model.predict(Image.open(place / "query" / "3.jpg"), tile=True)
     np.testing.assert_array_equal(np.asarray(Image.open(place / "out" / "masks" / "3.png")) // 255, expected)
     assert model.about.shots > 4
+    command("support=null", f"init={place / 'out' / 'adapted.safetensors'}", f"out={place / 'more'}")  # in tiles again
+    assert (place / "more" / "masks" / "3.png").read_bytes() == (place / "out" / "masks" / "3.png").read_bytes()
 
 
 def test_the_page_needs_only_its_folder_and_shows_names_as_text(command: Command, place: Path) -> None:
@@ -167,6 +169,13 @@ def test_an_adapted_model_predicts_without_a_support(command: Command, place: Pa
     assert "adapted.safetensors" not in files(place / "more")
     said = command("support=", fails=True)
     assert "init.safetensors is not adapted to anything yet: give support=DIR of labelled images" in said
+
+
+def test_one_labelled_image_is_enough_but_for_the_estimate(command: Command, place: Path) -> None:
+    for i in (1, 2):
+        (place / "support" / f"{i}.png").unlink()
+    assert "no estimate, for it needs two labelled images" in command("leave_one_out=true")
+    assert (record(place)["support"], record(place)["leave_one_out"]) == (["0.jpg"], None)
 
 
 def test_without_a_query_it_only_adapts(command: Command, place: Path) -> None:
@@ -228,6 +237,8 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
     (support / "text.jpg").write_text("no image")
     Image.fromarray(mask).save(support / "text.png")
     Image.fromarray(image).save(support / "bare.jpg")
+    Image.fromarray(image).save(support / "broken.jpg")
+    (support / "broken.png").write_text("no mask")
     for stem, wrong in {"empty": mask * 0, "turned": mask.T.copy()}.items():
         Image.fromarray(image).save(support / f"{stem}.jpg")
         Image.fromarray(wrong).save(support / f"{stem}.png")
@@ -243,6 +254,7 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
     assert set(found["predicted"]) == {"3.jpg", "4.jpg", "cmyk.jpg", "alpha.png", "sixteen.png"}
     assert {(fault["in"], fault["path"], fault["kind"]) for fault in found["faults"]} == {
         ("support", "text.jpg", "unreadable file"),
+        ("support", "broken.png", "unreadable file"),
         ("support", "bare.jpg", "image without a mask"),
         ("support", "empty.png", "mask without an object"),
         ("support", "turned.png", "mask of another size than its image"),

@@ -278,7 +278,10 @@ def test_with_tile_the_shots_are_windows_at_the_images_own_scale(init: Initialis
     views = init.views(image, mask, tile=True)
     assert [int(view[1].sum()) for view in views] == [3 * SIZE, 3 * SIZE, 0, 0]  # two with it, as many without
     assert all(view[0].shape == (SIZE, SIZE, 3) for view in views)
-    assert init.adapt([image], [mask], tile=True).about.shots == 4
+    adapted = init.adapt([image], [mask], tile=True)
+    assert (adapted.about.shots, adapted.about.tile) == (4, True)
+    np.testing.assert_array_equal(adapted.predict(image, soft=True), adapted.predict(image, soft=True, tile=True))
+    assert (adapted.predict(image, soft=True) != adapted.predict(image, soft=True, tile=False)).any()
     small = init.views(image[:9, :20], np.ones((9, 20), bool), tile=True)
     assert [view[0].shape for view in small] == [(SIZE, SIZE, 3)]
 

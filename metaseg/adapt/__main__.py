@@ -55,14 +55,14 @@ def read_words(words: Sequence[str]) -> Request:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = compose("adapt", overrides=others)
     for key, value in places.items():
-        config[key] = str(Path(value).expanduser()) if value else None
+        config[key] = None if value in ("", "null") else str(Path(value).expanduser())
     for key, what in {"init": "an init.safetensors", "out": "a folder for the results"}.items():
         if config[key] is None:
             raise ConfigError(f"{key} has no value: give {key}=PATH, {what}; --help lists the keys")
     if config.support is None and config.query is None:
         raise ConfigError("nothing to do: give support=DIR to adapt, query=DIR to predict, or both")
     for key in SWITCHES:
-        if not isinstance(config[key], bool):
+        if not isinstance(config[key], bool) and not (key == "tile" and config.tile is None):
             raise ConfigError(f"{key}={config[key]}: give true or false")
     if not isinstance(config.seed, int):
         raise ConfigError(f"seed={config.seed}: give a whole number")
@@ -151,16 +151,17 @@ def _adapt(
     sound, views = [], []
     for one in labelled:
         try:
-            views += init.views(*one.read(), tile=config.tile)
+            views += init.views(*one.read(), tile=bool(config.tile))
             sound.append(one)
         except PictureError as error:
-            at = one.mask if "mask" in error.kind and isinstance(one.mask, Path) else one.image
+            at = error.path or (one.mask if isinstance(one.mask, Path) else one.image)
             faults.append(error.at(at.relative_to(folder)))
     if not sound:
         missing = fault_lines(faults) or ["there are no images with masks; --help says how they are named"]
         raise DataError("\n".join([f"nothing in support={folder} can be used:", *missing]))
+    options = {"tile": bool(config.tile), "seed": config.seed, "update": request.update}
     with _bar(console, "adapting") as progress:
-        model = init.adapt_to(views, update=request.update, seed=config.seed, progress=progress)
+        model = init.adapt_to(views, **options, progress=progress)
     learned: dict[str, Any] = {
         "support": [one.image.relative_to(folder).as_posix() for one in sound],
         "steps": model.steps,
@@ -168,11 +169,12 @@ def _adapt(
         "held_out_iou": [list(score) for score in model.held_out],
         "leave_one_out": None,
     }
-    if config.leave_one_out:
+    if config.leave_one_out and len(sound) < 2:
+        console.print("leave_one_out: no estimate, for it needs two labelled images or more")
+    elif config.leave_one_out:
         files = _Files(sound, 0), _Files(sound, 1)
-        options = {"tile": config.tile, "flips": config.flips, "seed": config.seed, "update": request.update}
         with _bar(console, f"leaving one out, {len(sound)} adaptations") as progress:
-            ious = init.leave_one_out(*files, **options, progress=progress)
+            ious = init.leave_one_out(*files, **options, flips=config.flips, progress=progress)
         by_image = dict(zip(learned["support"], ious, strict=True))
         learned["leave_one_out"] = {"iou": float(np.mean(ious)), "by_image": by_image}
     return model, learned
