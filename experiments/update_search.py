@@ -31,7 +31,7 @@ from metaseg.compare import compare, write_plot
 # fewer trials and steps than the defaults, for an afternoon's budget on two cores
 SEARCH = {
     "emoji": [
-        *("uho.trials=30", "uho.random=8", "uho.steps=[5,10,20,30,45,60]", "uho.space.lr.low=5e-3"),
+        *("uho.trials=24", "uho.random=8", "uho.steps=[5,10,20,30,45,60]", "uho.space.lr.low=5e-3"),
         "evaluate.val_tasks=16",
     ],
     "fss1000": ["experiment=paper_uho"],

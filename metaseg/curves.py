@@ -64,9 +64,7 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
             ious[name, k] = evaluation.task_ious
             summary.append({"init": name, "k": k, "lr": update.lr, **summarise(evaluation)})
             if settings.baseline is not None:
-                gains = ious[name, k] - ious[settings.baseline, k]
-                low, high = bootstrap_ci95(gains)
-                summary[-1] |= {"gain": float(gains.mean()), "gain_low": low, "gain_high": high}
+                summary[-1] |= gain(ious[name, k] - ious[settings.baseline, k])
             for logger in loggers:
                 logger.log_metrics({f"curves/{name}/iou": evaluation.iou}, step=k)
             write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
@@ -151,6 +149,12 @@ def summarise(evaluation: Evaluation) -> Row:
     }
 
 
+def gain(differences: Floats) -> Row:
+    """Mean of the tasks' differences in IoU, with its 95 % interval over tasks."""
+    low, high = bootstrap_ci95(differences)
+    return {"gain": float(differences.mean()), "gain_low": low, "gain_high": high}
+
+
 def draw(summary: Sequence[Row], path: Path) -> None:
     """IoU, its gain over the baseline if there is one, and steps to 95 % of it, against shots."""
     panels = {"iou": "IoU", "gain": "gain in IoU, paired", "steps_to_95": "inner steps to 95 % of the final IoU"}
@@ -176,8 +180,8 @@ def show(summary: Sequence[Row], folder: Path) -> None:
     for row in summary:
         interval = f"{row['iou_low']:.3f} … {row['iou_high']:.3f}"
         cells = (row["init"], row["k"], f"{row['lr']:g}", row["tasks"], f"{row['iou']:.3f}", interval)
-        gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]" if "gain" in row else ""
-        table.add_row(*map(str, cells), gain, f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
+        gained = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]" if "gain" in row else ""
+        table.add_row(*map(str, cells), gained, f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
     console = Console()
     console.print(table)
     console.print(f"curves.csv, summary.csv, curves.png, results.json: {folder}", soft_wrap=True)
