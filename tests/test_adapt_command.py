@@ -218,6 +218,18 @@ def test_again_into_the_same_folder_replaces_its_own_files_alone(command: Comman
     assert set(record(place)["predicted"]) == {"4.jpg"}
 
 
+def test_a_run_that_was_interrupted_is_run_again(
+    command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("metaseg.adapt.output.overlay", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command()
+    assert "masks/3.png" in files(place / "out")
+    command()
+    assert set(record(place)["predicted"]) == {"3.jpg", "4.jpg"}
+
+
 @pytest.mark.parametrize("name", ["masks/3.png", "index.html", "adaptation.json", "overlays/4.jpg"])
 def test_a_file_of_somebody_elses_is_never_overwritten(command: Command, place: Path, name: str) -> None:
     file = place / "out" / name

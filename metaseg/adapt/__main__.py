@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, tr
 
 import metaseg
 from metaseg import practice
-from metaseg.adapt.output import Output
+from metaseg.adapt.output import MODEL, Output
 from metaseg.config import check_overrides, config_dir, expand_update
 from metaseg.data.faults import STRAY, Fault, fault_lines
 from metaseg.data.source import UInt8
@@ -75,6 +75,14 @@ def read_words(words: Sequence[str]) -> Request:
     return Request(config, values)
 
 
+class Found(NamedTuple):
+    """What lies in the folders: images with masks, images to segment, and the faults of both folders."""
+
+    labelled: list[Labelled]
+    pictures: list[Path]
+    faults: dict[str, list[Fault]]
+
+
 def run(request: Request, console: Console) -> None:
     """Adapt if there is a support, predict if there is a query, and leave the results in `out`.
 
@@ -85,71 +93,78 @@ def run(request: Request, console: Console) -> None:
     init = practice.load(config.init, image_size=config.image_size, device=config.device)
     if config.support is None and init.about.shots is None:
         raise ConfigError(f"init={config.init} is not adapted to anything yet: give support=DIR of labelled images")
-    labelled, faults = find_labelled(Path(config.support), config.category) if config.support else ([], [])
-    pictures, queries = find_pictures(Path(config.query)) if config.query else ([], [])
-    if config.query and not pictures:
-        raise DataError(f"query={config.query} holds no images: give a folder of JPEG, PNG, WebP, BMP or TIFF files")
-    if config.support and config.query and Path(config.support).resolve() == Path(config.query).resolve():
-        known = {one.image for one in labelled}
-        pictures, queries = [path for path in pictures if path not in known], []
-        faults = [fault for fault in faults if fault.kind != "image without a mask"]  # it is to be found
-    out = Output(Path(config.out), [path.name for path in pictures], config.soft)
+    found = _find(config)
+    names = [path.name for path in found.pictures]
+    out = Output(Path(config.out), names, adapts=config.support is not None, soft=config.soft)
 
     record: dict[str, Any] = {"metaseg": metaseg.__version__, "command": _plain(config) | {"update": request.update}}
     model = init
     if config.support:
-        model, learned = _adapt(init, labelled, Path(config.support), request, faults, console)
+        model, learned = _adapt(init, found, request, console)
         record |= learned
-        model.save(out.folder / "adapted.safetensors")
     about = {key: value for key, value in asdict(model.about).items() if key != "seen"}  # hundreds of classes
-    record |= {"about": about, "faults": [], "predicted": {}}
+    record |= {"about": about, "predicted": {}}
     out.write_record(record)  # from now on the files here are known as ours, also if this run is interrupted
+    if isinstance(model, Adapted):
+        model.save(out.folder / MODEL)
 
-    predicted: dict[str, float] = {}
-    before = time.perf_counter()
-    for path in track(pictures, "predicting", console=console, disable=not pictures):
-        try:
-            picture = read_picture(path)
-        except PictureError as error:
-            queries.append(error.at(Path(path.name)))
-            continue
-        probability = model.predict(picture, soft=True, tile=config.tile, flips=config.flips)
-        out.write_prediction(path.name, picture, probability)
-        predicted[path.name] = float(np.mean(probability > 0.5))
-    record["predicted"] = {name: {"share_of_object": share} for name, share in predicted.items()}
+    adapted = time.perf_counter()
+    record["predicted"] = _predict(model, found, config, out, console)
     record["seconds"] = {
         "adapting": round(model.seconds, 2) if isinstance(model, Adapted) else 0.0,
-        "predicting": round(time.perf_counter() - before, 2),
+        "predicting": round(time.perf_counter() - adapted, 2),
         "all": round(time.perf_counter() - started, 2),
     }
     record["faults"] = [
         {"in": where, "kind": fault.kind, "path": fault.path.as_posix(), "detail": fault.detail, "cure": fault.cure}
-        for where, found in (("support", faults), ("query", queries))
-        for fault in found
+        for where, faults in found.faults.items()
+        for fault in faults
     ]
     out.write_record(record)
     lines = list(_summary(record))
-    out.write_index(Path(config.query or config.support).resolve().name, lines, list(predicted))
-    for where, found in (("support", faults), ("query", queries)):
-        _tell(console, where, found)
-    if pictures and not predicted:
-        raise DataError(f"none of the {len(pictures)} images in query={config.query} could be used; see above")
-    for line in [*lines, f"{out.folder / 'index.html'} shows them"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    out.write_index(Path(config.query or config.support).resolve().name, lines, list(record["predicted"]))
+    for where, faults in found.faults.items():
+        told = fault_lines(fault for fault in faults if fault.kind != STRAY)
+        _say(console, [f"part of {where} is left out, the rest is used:", *told] if told else [])
+    if found.pictures and not record["predicted"]:
+        raise DataError(f"none of the {len(names)} images in query={config.query} could be used; see above")
+    _say(console, [*lines, f"{out.folder / 'index.html'} shows them"])
 
 
-def _adapt(
-    init: Initialisation,
-    labelled: Sequence[Labelled],
-    folder: Path,
-    request: Request,
-    faults: list[Fault],
-    console: Console,
-) -> tuple[Adapted, dict[str, Any]]:
-    """The model adapted to the sound ones of the labelled images, and its part of the record; others join `faults`."""
+def _find(config: DictConfig) -> Found:
+    support, query = (Path(place) if place else None for place in (config.support, config.query))
+    labelled, faults = find_labelled(support, config.category) if support else ([], [])
+    pictures, strays = find_pictures(query) if query else ([], [])
+    if query and not pictures:
+        raise DataError(f"query={query} holds no images: give a folder of JPEG, PNG, WebP, BMP or TIFF files")
+    if support and query and support.resolve() == query.resolve():
+        known = {one.image for one in labelled}
+        pictures, strays = [path for path in pictures if path not in known], []
+        faults = [fault for fault in faults if fault.kind != "image without a mask"]  # it is to be found
+    return Found(labelled, pictures, {"support": faults, "query": strays})
+
+
+def _predict(model: Initialisation, found: Found, config: DictConfig, out: Output, console: Console) -> dict[str, Any]:
+    """Predict and write what can be read; returns the predicted images' part of the record, by name."""
+    predicted = {}
+    for path in track(found.pictures, "predicting", console=console, disable=not found.pictures):
+        try:
+            picture = read_picture(path)
+        except PictureError as error:
+            found.faults["query"].append(error.at(Path(path.name)))
+            continue
+        probability = model.predict(picture, soft=True, tile=config.tile, flips=config.flips)
+        out.write_prediction(path.name, picture, probability)
+        predicted[path.name] = {"share_of_object": float(np.mean(probability > 0.5))}
+    return predicted
+
+
+def _adapt(init: Initialisation, found: Found, request: Request, console: Console) -> tuple[Adapted, dict[str, Any]]:
+    """The model adapted to the sound ones of the labelled images, and its part of the record; others are faults."""
     config = request.config
+    folder, faults = Path(config.support), found.faults["support"]
     sound, views = [], []
-    for one in labelled:
+    for one in found.labelled:
         try:
             views += init.views(*one.read(), tile=bool(config.tile))
             sound.append(one)
@@ -195,11 +210,9 @@ def _summary(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(record['predicted'])} images predicted, {record['seconds']['all']:.0f} s in all"
 
 
-def _tell(console: Console, where: str, faults: Sequence[Fault]) -> None:
-    lines = fault_lines(fault for fault in faults if fault.kind != STRAY)
-    if lines:
-        text = "\n".join([f"part of {where} is left out, the rest is used:", *lines])
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Files:

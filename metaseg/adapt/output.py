@@ -17,7 +17,7 @@ from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError
 from metaseg.pictures import PREDICTION, overlay
 
-RECORD = "adaptation.json"
+RECORD, INDEX, MODEL = "adaptation.json", "index.html", "adapted.safetensors"
 THUMBNAIL = 768  # pixels of an overlay's longer side, at most
 
 
@@ -27,18 +27,19 @@ class Output:
     Args:
         folder: made if it is not there.
         names: of the query's files, each once.
-        soft: whether probabilities are written, too.
+        adapts: whether a model is written, too.
+        soft: whether probabilities are.
 
     Raises:
         ConfigError: if a file of somebody else's is in the way.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], soft: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], *, adapts: bool, soft: bool) -> None:
         self.folder, self.soft = folder, soft
         stems = Counter(Path(name).stem.casefold() for name in names)
         # a.jpg and a.png would both become a.png
         self.stem = {name: Path(name).stem if stems[Path(name).stem.casefold()] == 1 else name for name in names}
-        planned = [RECORD, "index.html", "adapted.safetensors"]
+        planned = [RECORD, INDEX, *([MODEL] if adapts else [])]
         for stem in self.stem.values():
             planned += [f"masks/{stem}.png", f"overlays/{stem}.jpg", *([f"probabilities/{stem}.png"] if soft else [])]
         earlier = self._earlier()
@@ -94,7 +95,7 @@ class Output:
         )
         said = "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
         page = _PAGE.format(title=html.escape(title), said=said, figures=figures)
-        (self.folder / "index.html").write_text(page, encoding="utf-8")
+        (self.folder / INDEX).write_text(page, encoding="utf-8")
 
     def _earlier(self) -> set[str]:
         """The files that an earlier run left here."""
