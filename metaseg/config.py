@@ -60,7 +60,8 @@ def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
         if override.is_add() or override.is_force_add() or key in known or key.startswith("hydra"):
             continue
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(groups)
-        raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}? To add a new key: +{key}=…")
+        adding = f" To add a new key: +{key}=…" if name == "config" else ""
+        raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}?{adding}")
 
 
 def expand_update(arguments: Sequence[str]) -> list[str]:

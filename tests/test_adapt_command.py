@@ -297,6 +297,7 @@ def test_it_fails_only_if_nothing_can_be_done(command: Command, place: Path) -> 
         (("suport=x",), "metaseg: there is no key 'suport'; did you mean support"),
         (("update.step=3",), "there is no key 'update.step'; did you mean update.steps"),
         (("update=sgdd",), "sgd_early_stopping"),
+        (("+tiles=true",), "'+tiles=true' is no key=value: --help lists the keys"),
         (("photos",), "'photos' is no key=value: --help lists the keys"),
         (("--tile",), "'--tile' is no key=value"),
         (("tile=yes",), "tile=yes: give true or false"),
@@ -335,3 +336,5 @@ def test_help_lists_every_key_with_what_it_is_for() -> None:
     assert "python -m metaseg.adapt init=RUN/init.safetensors support=labelled query=photos out=masks" in done.stdout
     for key in OmegaConf.load(config_dir() / "adapt.yaml"):
         assert key == "defaults" or re.search(rf"^{key}: .* # \w+", done.stdout, re.MULTILINE)
+    for key in OmegaConf.load(config_dir() / "update" / "sgd.yaml"):
+        assert key == "_target_" or re.search(rf"^  {key}:", done.stdout, re.MULTILINE)

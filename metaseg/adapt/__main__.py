@@ -46,7 +46,8 @@ def read_words(words: Sequence[str]) -> Request:
         HydraException: if they are no overrides.
     """
     for word in words:
-        if "=" not in word or word.startswith(("-", "~")):
+        added = word.startswith("+") and not word.lstrip("+").startswith("update.")  # nothing would read it
+        if "=" not in word or word.startswith(("-", "~")) or added:
             raise ConfigError(f"{word!r} is no key=value: --help lists the keys")
     # paths are taken as they are: Hydra would read the brackets, commas and quotes in them
     places = {key: value for key, _, value in (word.partition("=") for word in words) if key in PLACES}
@@ -241,6 +242,17 @@ def _bar(console: Console, what: str) -> Iterator[Callable[[practice.Progress], 
         yield tell
 
 
+def _help() -> str:
+    """The keys with their comments, as the YAML files have them."""
+    own, omega = ((config_dir() / name).read_text(encoding="utf-8") for name in ("adapt.yaml", "update/sgd.yaml"))
+    head, _, keys = own.partition("defaults:")
+    values = [f"  {line}" for line in omega.splitlines() if not line.startswith(("#", "_target_"))]
+    update = (
+        "update: # a preset or a file in place of the recommended update procedure, or single values, update.steps=50:"
+    )
+    return "\n".join([head + keys.partition("\n\n")[2] + update, *values, ""])
+
+
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -249,7 +261,7 @@ def main() -> None:
     """Run from the command line; what the user can mend ends in its message alone, with exit code 1."""
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
-        sys.stdout.write((config_dir() / "adapt.yaml").read_text(encoding="utf-8"))
+        sys.stdout.write(_help())
         return
     try:
         run(read_words(words), Console(stderr=True))
