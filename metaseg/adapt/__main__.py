@@ -247,9 +247,7 @@ def _help() -> str:
     own, omega = ((config_dir() / name).read_text(encoding="utf-8") for name in ("adapt.yaml", "update/sgd.yaml"))
     head, _, keys = own.partition("defaults:")
     values = [f"  {line}" for line in omega.splitlines() if not line.startswith(("#", "_target_"))]
-    update = (
-        "update: # a preset or a file in place of the recommended update procedure, or single values, update.steps=50:"
-    )
+    update = "update: # as init recommends; or a preset, a file, or values (update.steps=50) of these, here sgd's:"
     return "\n".join([head + keys.partition("\n\n")[2] + update, *values, ""])
 
 
