@@ -17,7 +17,7 @@ from runs import Run, composed, draw_bars, execute, parse, parser, print_table, 
 from metaseg.config import make_update
 from metaseg.data.episodes import EvaluationEpisodes
 from metaseg.job import create, evaluation_episodes
-from metaseg.panels import PREDICTION, TRUTH, overlay
+from metaseg.pictures import PREDICTION, TRUTH, overlay
 
 ROWS = {
     "emoji": {

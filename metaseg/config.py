@@ -34,18 +34,23 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "conf"
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
     """Refuse command-line overrides of keys that do not exist; Hydra's own message names no neighbour.
+
+    Args:
+        arguments: the command line's words.
+        name: of the primary config.
 
     Raises:
         ConfigError: naming the nearest keys.
     """
     try:
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
-        groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+        listed = OmegaConf.select(OmegaConf.load(config_dir() / f"{name}.yaml"), "defaults")
+        groups = {str(group) for entry in listed if OmegaConf.is_dict(entry) for group in entry}
         chosen = [f"{o.key_or_group}={_first_value(o)}" for o in overrides if o.key_or_group in groups and o.value()]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose("config", overrides=chosen)
+            config = compose(name, overrides=chosen)
     except HydraException:
         return  # Hydra's own parsing says it well: bad syntax, or a preset that does not exist and those that do
     keys = set(_keys(OmegaConf.to_container(config)))
@@ -55,7 +60,8 @@ def check_overrides(arguments: Sequence[str]) -> None:
         if override.is_add() or override.is_force_add() or key in known or key.startswith("hydra"):
             continue
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(groups)
-        raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}? To add a new key: +{key}=…")
+        adding = f" To add a new key: +{key}=…" if name == "config" else ""
+        raise ConfigError(f"there is no key '{key}'; did you mean {' or '.join(near)}?{adding}")
 
 
 def expand_update(arguments: Sequence[str]) -> list[str]:

@@ -1,12 +1,14 @@
 """Initialisations as files: θ with what is known about it, in safetensors; and θ out of a Lightning checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from metaseg.errors import ConfigError, WeightsError
 from metaseg.models.network import load_network
 
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
+_TRUSTED = ("metaseg.models.", "metaseg.update.", "metaseg.losses.", "torch.optim.")
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
 
 
@@ -34,6 +37,9 @@ class About:
         update: the update procedure to adapt with, as configured.
         seen: the `task_ids` that θ learned from (train), and those on which its checkpoint was chosen (val); None if
             they are not known, as in files of before there was this field.
+        image_size: height and width of the images that θ learned from; None if not known, likewise.
+        shots: images of a task of its own that θ was adapted to since; None for an initialisation.
+        tile: whether these were windows of larger images' own pixels.
     """
 
     model: dict[str, Any]
@@ -44,6 +50,9 @@ class About:
     meta_steps: int
     update: dict[str, Any]
     seen: dict[str, list[str]] | None = None
+    image_size: int | None = None
+    shots: int | None = None
+    tile: bool = False
 
 
 def save_initialisation(net: nn.Module, about: About, path: Path) -> None:
@@ -81,6 +90,36 @@ def read_about(path: Path) -> About:
         WeightsError: if the file is unreadable.
     """
     return _read(path)[1]
+
+
+def check_trusted(about: About, path: Path) -> None:
+    """Refuse a file whose configuration would have anything made but metaseg's and torch's parts of a network and ω.
+
+    Hydra calls what a `_target_` names, and OmegaConf resolves `${…}`, while a file may come from anywhere.
+
+    Raises:
+        WeightsError: naming the first such thing.
+    """
+    for key, value in _values({"model": about.model, "update": about.update}):
+        made = None
+        if key == "_target_" and str(value).startswith(_TRUSTED):
+            with suppress(Exception):  # whatever an import raises
+                made = get_object(value)
+        ours = isinstance(made, type) and f"{made.__module__}.".startswith(_TRUSTED)
+        if (key == "_target_" and not ours) or "${" in str(value):
+            raise WeightsError(
+                f"{path} asks for {value}, which is neither metaseg's nor torch's, so nothing of it is run; to load a "
+                "network of your own use metaseg.initialisation.load_initialisation"
+            )
+
+
+def _values(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """All that is no container, with its key."""
+    if isinstance(node, dict | list):
+        for name, part in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _values(part, name)
+    else:
+        yield key, node
 
 
 def check_resumable(path: Path, about: About) -> None:

@@ -3,30 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import wandb
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from metaseg.data.source import UInt8
 from metaseg.evaluate import Evaluation, Example
 from metaseg.metrics import iou
+from metaseg.pictures import PREDICTION, TRUTH, overlay
 
-PREDICTION, TRUTH = (230, 60, 40), (30, 160, 90)
 _LABELS = {0: "background", 1: "object"}
-
-
-def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int]) -> UInt8:
-    """An image (h, w, 3) that is itself where the mask (h, w) is 1, outlined in `colour`, and pale elsewhere."""
-    inside = (mask > 0).astype(np.uint8)
-    grey = image.mean(axis=2, keepdims=True, dtype=np.float32)
-    pale = np.broadcast_to((0.3 * grey + 0.7 * 255).astype(np.uint8), image.shape)
-    shown = np.where(inside[..., None] == 1, image, pale)
-    shown[(inside - cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=1)) == 1] = colour
-    return shown
 
 
 def panel(example: Example) -> Figure:

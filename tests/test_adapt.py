@@ -220,3 +220,39 @@ def test_early_stopping_takes_as_many_steps_as_served_the_held_out_best(
 def test_meta_training_and_unstopped_updates_know_no_rehearsal(net: Net, engine: type[Adapter]) -> None:
     one = replace(episode(), rehearsal=episode(seed=9))
     assert engine(net, OMEGA).batches(net, one) == one.batches
+
+
+@pytest.mark.parametrize("policy", ["running", "support"])
+def test_the_network_of_an_adaptation_predicts_by_itself(net: Net, engine: type[Adapter], policy: str) -> None:
+    adapt, task = engine(net, replace(OMEGA, batchnorm=policy)), episode()
+    adapt(net, task)
+    expected = adapt.predict(task.query.images, task.support)
+    alone = adapt.network(task.support)
+    before = adapt.statistics().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(task.query.images), expected, rtol=0, atol=0)
+        assert torch.equal(alone(task.query.images[:1]), alone(task.query.images)[:1])  # whatever is beside it
+    assert torch.equal(adapt.statistics(), before)
+    adapt.start(net, seed=0)  # φ is taken for another task, and the network stays as it is
+    with torch.no_grad():
+        assert torch.equal(alone(task.query.images), expected)
+
+
+def test_under_batch_the_network_of_an_adaptation_has_the_running_statistics(net: Net, engine: type[Adapter]) -> None:
+    task = episode()
+    networks = []
+    for policy in ("running", "batch"):
+        adapt = engine(net, replace(OMEGA, batchnorm=policy))
+        adapt(net, task)
+        networks.append(adapt.network(task.support).state_dict())
+    assert all(torch.equal(networks[0][key], networks[1][key]) for key in networks[0])
+
+
+def test_the_scores_of_a_rehearsal_can_be_heard(net: Net, engine: type[Adapter]) -> None:
+    adapt = engine(net, replace(OMEGA, stopping=EarlyStopping(every=2)))
+    heard = []
+    adapt.on_score = lambda step, iou: heard.append((step, iou))
+    task = replace(episode(), rehearsal=replace(episode(), batches=episode(steps=5).batches))
+    adapt(net, task)
+    assert [step for step, _ in heard] == [2, 4, 5]
+    assert all(0 <= iou <= 1 for _, iou in heard)

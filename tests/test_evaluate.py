@@ -12,7 +12,7 @@ from test_module import INNER, Source
 from metaseg.data.episodes import EvaluationEpisodes
 from metaseg.engine import auto, reference
 from metaseg.evaluate import Evaluation, Score, Scoring, across_tasks, evaluate
-from metaseg.panels import overlay
+from metaseg.pictures import overlay
 from metaseg.update import EarlyStopping
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from test_config import GROUPS, presets
 from trees import stripes, write_splits, write_tree, write_voc
 
+import metaseg
 from metaseg.compare import compare
 from metaseg.config import config_dir, expand_update
 from metaseg.data.fpk import FPK_CLASSES
@@ -114,6 +115,7 @@ def test_panels_and_checkpoints_are_left(finished: tuple[Path, float]) -> None:
 
 def test_the_initialisation_is_theta_with_its_network(finished: tuple[Path, float]) -> None:
     path = finished[0] / "init.safetensors"
+    assert metaseg.load(path, device="cpu").image_size == 32
     with safe_open(path, framework="pt") as file:
         model = json.loads(file.metadata()["model"])
     net = instantiate({**model, "weights": None})

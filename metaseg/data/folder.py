@@ -209,16 +209,16 @@ def _pair_up(root: Path, task: str, faults: list[Fault]) -> list[Pair]:
             continue
         files[path.stem] = path.name
 
-    for stem in sorted(images.keys() - masks.keys(), key=_natural):
+    for stem in sorted(images.keys() - masks.keys(), key=natural):
         cure = "add the mask as <stem>.png, or remove the image"
         faults.append(Fault("image without a mask", Path(task, images[stem]), cure))
-    for stem in sorted(masks.keys() - images.keys(), key=_natural):
+    for stem in sorted(masks.keys() - images.keys(), key=natural):
         cure = "add the image as <stem>.jpg, or remove the mask"
         faults.append(Fault("mask without an image", Path(task, masks[stem]), cure))
-    return [Pair(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys(), key=_natural)]
+    return [Pair(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys(), key=natural)]
 
 
-def _natural(stem: str) -> tuple[list[str | int], str]:
+def natural(stem: str) -> tuple[list[str | int], str]:
     """A sort key that puts 2 before 10; texts and numbers alternate, so that like is compared with like."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", stem)], stem
 

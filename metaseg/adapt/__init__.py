@@ -32,7 +32,10 @@ class Adapter(ABC):
     Attributes:
         phi: φ, ours until the next `start`.
         last_loss: of the last mini-batch, before its step, without L2 and L1; a scalar.
+        on_score: told, under early stopping, each score of the rehearsal: its step and the held-out share's IoU.
     """
+
+    on_score: Callable[[int, float], None] = staticmethod(lambda step, iou: None)
 
     def __init__(self, net: nn.Module, update: Update) -> None:
         self.update = update
@@ -62,6 +65,7 @@ class Adapter(ABC):
             if self.taken % stopping.every == 0 or self.taken == last:
                 logits = self.predict(rehearsal.query.images, rehearsal.support)
                 iou = mean_iou(counts(logits.argmax(dim=1), rehearsal.query.masks))
+                self.on_score(self.taken, iou)
                 if iou > best_iou:
                     best, best_iou = self.taken, iou
                 elif self.taken - best >= stopping.patience:
@@ -96,6 +100,15 @@ class Adapter(ABC):
         with self.computing(), _statistics(self.phi, self.update, support):
             logits: Tensor = self.phi(images)
             return logits
+
+    @torch.no_grad()
+    def network(self, support: Batch) -> nn.Module:
+        """A copy of φ in eval mode, ω's batch-norm statistics in its buffers: its plain forward is `predict`.
+
+        Under `batch`, whose statistics are those of images yet to come, its buffers are the running ones.
+        """
+        with self.computing(), _statistics(self.phi, self.update, support):
+            return copy.deepcopy(self.phi).eval()
 
     def queue(self) -> AbstractContextManager[None]:
         """Inside it, work is queued in order, but beside that of other adapters if the device can do so."""

@@ -1,0 +1,126 @@
+"""The folder that the command leaves: masks, probabilities, overlays, a contact sheet, and what was done."""
+
+import html
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from metaseg.data.source import UInt8
+from metaseg.errors import ConfigError
+from metaseg.pictures import PREDICTION, overlay
+
+RECORD, INDEX, MODEL = "adaptation.json", "index.html", "adapted.safetensors"
+THUMBNAIL = 768  # pixels of an overlay's longer side, at most
+
+
+class Output:
+    """The results' folder. Files of an earlier run in it are replaced; a file of anybody else's is never touched.
+
+    Args:
+        folder: made if it is not there.
+        names: of the query's files, each once.
+        adapts: whether a model is written, too.
+        soft: whether probabilities are.
+
+    Raises:
+        ConfigError: if a file of somebody else's is in the way.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], *, adapts: bool, soft: bool) -> None:
+        self.folder, self.soft = folder, soft
+        stems = Counter(Path(name).stem.casefold() for name in names)
+        # a.jpg and a.png would both become a.png
+        self.stem = {name: Path(name).stem if stems[Path(name).stem.casefold()] == 1 else name for name in names}
+        planned = [RECORD, INDEX, *([MODEL] if adapts else [])]
+        for stem in self.stem.values():
+            planned += [f"masks/{stem}.png", f"overlays/{stem}.jpg", *([f"probabilities/{stem}.png"] if soft else [])]
+        earlier = self._earlier()
+        foreign = [name for name in planned if name not in earlier and os.path.lexists(folder / name)]
+        if foreign:
+            raise ConfigError(
+                f"out={folder}: {foreign[0]} is there and not from an earlier run of this command; choose a new folder"
+            )
+        self.files = sorted({*earlier, *planned})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in {Path(name).parent for name in planned}:
+                (folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out={folder} cannot be made ({error.strerror}): choose another folder") from error
+
+    def write_prediction(self, name: str, image: UInt8, probability: NDArray[np.float32]) -> None:
+        """Write what was found in an image (h, w, 3): the mask, 0 and 255; an overlay; probabilities if wanted.
+
+        Args:
+            name: the image's file name.
+            image: in its own size.
+            probability: of the object, (h, w), in [0, 1].
+        """
+        stem, mask = self.stem[name], (probability > 0.5).astype(np.uint8)
+        Image.fromarray(mask * np.uint8(255)).save(self.folder / "masks" / f"{stem}.png")
+        if self.soft:
+            levels = np.rint(probability * 65535).astype(np.uint16)
+            Image.fromarray(levels).save(self.folder / "probabilities" / f"{stem}.png")
+        shown, small = Image.fromarray(image), Image.fromarray(mask)
+        shown.thumbnail((THUMBNAIL, THUMBNAIL))
+        drawn = overlay(np.asarray(shown), np.asarray(small.resize(shown.size)), PREDICTION)
+        Image.fromarray(drawn).save(self.folder / "overlays" / f"{stem}.jpg", quality=90)
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write `adaptation.json`, which also says which files are ours."""
+        text = json.dumps({**record, "files": self.files}, indent=2, ensure_ascii=False)
+        (self.folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+    def write_index(self, title: str, lines: Sequence[str], predicted: Sequence[str]) -> None:
+        """Write the contact sheet: a page of overlays, each a link to its mask, that needs nothing beside this folder.
+
+        Args:
+            title: its heading.
+            lines: what is to be said above the pictures.
+            predicted: names of the query's files, in their order.
+        """
+        figures = "\n".join(
+            f'<figure><a href="{quote(f"masks/{self.stem[name]}.png")}">'
+            f'<img loading="lazy" src="{quote(f"overlays/{self.stem[name]}.jpg")}" alt=""></a>'
+            f"<figcaption>{html.escape(name)}</figcaption></figure>"
+            for name in predicted
+        )
+        said = "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
+        page = _PAGE.format(title=html.escape(title), said=said, figures=figures)
+        (self.folder / INDEX).write_text(page, encoding="utf-8")
+
+    def _earlier(self) -> set[str]:
+        """The files that an earlier run left here."""
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            ours = "metaseg" in record  # its version
+            return {str(name) for name in record["files"]} if ours else set()
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; align-items: end }}
+figure {{ margin: 0 }}
+img {{ width: 100% }}
+figcaption {{ font-size: 13px; overflow-wrap: anywhere }}
+</style>
+<h1>{title}</h1>
+{said}
+<main>
+{figures}
+</main>
+</html>
+"""
