@@ -34,6 +34,8 @@ class About:
         update: the update procedure to adapt with, as configured.
         seen: the `task_ids` that θ learned from (train), and those on which its checkpoint was chosen (val); None if
             they are not known, as in files of before there was this field.
+        image_size: height and width of the images that θ learned from; None if not known, likewise.
+        shots: images of a task of its own that θ was adapted to since; None for an initialisation.
     """
 
     model: dict[str, Any]
@@ -44,6 +46,8 @@ class About:
     meta_steps: int
     update: dict[str, Any]
     seen: dict[str, list[str]] | None = None
+    image_size: int | None = None
+    shots: int | None = None
 
 
 def save_initialisation(net: nn.Module, about: About, path: Path) -> None:

@@ -78,6 +78,7 @@ def build(config: DictConfig) -> Job:
         meta_steps=0,
         update=plain(config["update"]),
         seen=tasks_seen(config, source),
+        image_size=source.image_size,
     )
     if algo and config.ckpt_path is not None:
         check_resumable(Path(config.ckpt_path), about)
