@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 
 from metaseg.algos import Algorithm
+from metaseg.card import write_card
 from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
 from metaseg.config import check_overrides, config_dir, expand_update
 from metaseg.curves import curves
@@ -44,7 +45,8 @@ def run(config: DictConfig, folder: Path) -> float:
         UserError: saying what to change; before anything is written, if it could be known.
     """
     job = build(config)
-    (folder / "results.json").unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
+    for name in ("results.json", "card.md"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
@@ -70,6 +72,7 @@ def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
     }
     report(head, evaluations, loggers, folder)
+    write_card(folder / "init.safetensors")
     return evaluations["test" if "test" in evaluations else "val"].iou
 
 

@@ -26,6 +26,7 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.progress import Progress
 
+from metaseg.card import write_card
 from metaseg.evaluate import Evaluation, Score, evaluate
 from metaseg.initialisation import About, save_initialisation
 from metaseg.job import Job, describe, device_of, evaluation_episodes, fingerprint, load, scoring
@@ -70,6 +71,7 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     else:
         Console().print(f"the study in {storage} has its trials; uho.trials={config.uho.trials} asks for no more")
         write_results(study.user_attrs["results"], study.user_attrs["rows"], folder)
+    write_card(folder / "init.safetensors")
     record = study.user_attrs["record"]
     (folder / "uho.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     OmegaConf.save(OmegaConf.create(about.update), folder / "update.yaml")

@@ -14,6 +14,7 @@ import wandb
 import wandb_files
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from safetensors import safe_open
@@ -101,6 +102,17 @@ def test_per_task_rows_average_to_the_result(finished: tuple[Path, float]) -> No
         (task, str(draw)) for draw in range(2) for task in CLASSES[6:]
     ]
     assert sum(float(row["iou"]) for row in rows) / len(rows) == pytest.approx(finished[1])
+
+
+def test_the_card_tells_the_results(finished: tuple[Path, float]) -> None:
+    folder, headline = finished
+    text = (folder / "card.md").read_text()
+    front = OmegaConf.create(text.split("---\n")[1])
+    assert front["model-index"][0].results[0].metrics[0].value == headline
+    low, high = results(folder)["test"]["iou"]["ci95"]
+    assert f"| test | 2 | {100 * headline:.1f} | [{100 * low:.1f}, {100 * high:.1f}] |" in text
+    assert f"| commit | `{results(folder)['git_commit']}` |" in text
+    assert "| image size | 32² pixels |" in text
 
 
 def test_panels_and_checkpoints_are_left(finished: tuple[Path, float]) -> None:

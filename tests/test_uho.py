@@ -76,6 +76,7 @@ def test_a_search_leaves_omega_and_a_second_one_returns_at_once(
     assert (found["test"]["tasks"], found["test"]["steps"]) == (2, omega.steps)
     assert found["val"] is None  # ω was chosen on these tasks
     assert found["uho"]["val_iou"] == record["val_iou"]
+    assert "ω is the best of 4 trials on val tasks" in (tmp_path / "a" / "card.md").read_text()
     with Image.open(tmp_path / "a" / "uho.png") as picture:
         assert picture.width > 500
 
