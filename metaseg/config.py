@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
-from metaseg.initialisation import read_about
+from metaseg.initialisation import check_trusted, read_about
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "curves")
@@ -81,8 +81,12 @@ def expand_update(arguments: Sequence[str]) -> list[str]:
             continue
         if not path.is_file():
             raise ConfigError(f"{argument}: there is no such file; to choose a preset give its name without .yaml")
-        theta = path.suffix == ".safetensors"
-        values = read_about(path).update if theta else OmegaConf.to_container(OmegaConf.load(path))
+        if path.suffix == ".safetensors":  # a YAML file is its user's own, this may be anybody's
+            about = read_about(path)
+            check_trusted(about, path)
+            values: Any = about.update
+        else:
+            values = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(values, dict) or "optimizer" not in values:
             raise ConfigError(
                 f"{argument} holds no update procedure; mode=uho writes one, update.yaml, and every run's "

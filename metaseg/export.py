@@ -15,25 +15,21 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from metaseg import __version__, models
-from metaseg.card import read_results, write_card
-from metaseg.errors import ConfigError, UserError, WeightsError
-from metaseg.initialisation import About, load_initialisation, read_about
+from metaseg import __version__
+from metaseg.card import write_card
+from metaseg.errors import ConfigError, UserError
+from metaseg.practice import load
 
 OPSET = 18  # the first with antialiased resizing
 ONNX_PACKAGES = {"onnx": "1.17", "onnxscript": "0.7.1"}  # onnxscript before: pixels up to 15 levels off at the borders
 SHAPES = ({0: Dim("n"), 2: Dim("height"), 3: Dim("width")},)  # what may vary
 INPUT, OUTPUT = "images", "probability"  # what the file calls them
-NETWORKS: dict[str, type[nn.Module]] = {  # what a file may name as its network
-    f"metaseg.models.{name}": found for name in models.__all__ if isinstance(found := getattr(models, name), type)
-}
 
 
 class Deployed(nn.Module):
@@ -173,49 +169,6 @@ def _metadata(image_size: int) -> dict[str, str]:
     }
 
 
-def read_network(path: Path) -> tuple[nn.Module, About]:
-    """The network of an `init.safetensors` or a `.ckpt` of a run, in eval mode, and what is known of it.
-
-    The file may come from anywhere, so it chooses among metaseg's networks and names no other code: Hydra, which
-    would run whatever `_target_` a configuration holds at any depth, is not asked. Nothing is downloaded.
-
-    Raises:
-        WeightsError: if the file is unreadable, names another network, or does not fit it.
-    """
-    about = read_about(path)
-    try:
-        model = {**about.model, "weights": None}
-        target = model.pop("_target_")
-        if target not in NETWORKS:
-            raise WeightsError(
-                f"{path} names {target!r} as its network, which is none of metaseg's ({', '.join(NETWORKS)}); it was "
-                "not run. If it is yours, build it and use metaseg.export.export(net, image_size, path)"
-            )
-        if not timm.is_model(model["backbone"]):  # a hub's address, say
-            raise WeightsError(f"{path} names {model['backbone']!r} as its backbone, which timm does not have")
-        net = NETWORKS[target](**model)
-    except UserError:
-        raise
-    except Exception as error:  # JSON of any shape
-        raise WeightsError(f"{path} does not describe a network of metaseg's: {error!r}") from error
-    load_initialisation(net, path, about.model)
-    return net.eval(), about
-
-
-def find_image_size(path: Path, about: About) -> int:
-    """The size that an initialisation was trained with: by its metadata, or by the results.json of its run beside it.
-
-    Raises:
-        ConfigError: if neither says it.
-    """
-    if about.image_size is not None:
-        return about.image_size
-    results = read_results(path)
-    if results is None:
-        raise ConfigError(f"{path} does not say its image size: give --image-size, the dataset.image_size of its run")
-    return int(results["episodes"]["image_size"])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser("python -m metaseg.export", description="Write a network for deployment.")
@@ -223,20 +176,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "out", type=Path, metavar="FILE", help="what to write: .onnx, .pt2 (torch.export), .pt (TorchScript)"
     )
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="if neither PATH nor a results.json beside it says"
-    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="if PATH does not say it")
     arguments = parser.parse_args(argv)
     path, out = arguments.path, arguments.out
     try:
-        net, about = read_network(path)
-        size = find_image_size(path, about) if arguments.image_size is None else arguments.image_size
-        export(net, size, out)
+        init = load(path, image_size=arguments.image_size, device="cpu")
+        export(init.net, init.image_size, out)
         card = write_card(path, out.with_suffix(".md"))
     except UserError as error:
         sys.exit(f"metaseg: {error}")
-    print(f"{out}, images of {size}² inside; its card: {card}")
-    if about.shots is None:
+    print(f"{out}, images of {init.image_size}² inside; its card: {card}")
+    if init.about.shots is None:
         print("It is an initialisation: before it is adapted to a task, it is not meant to predict.")
 
 

@@ -7,17 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from hydra.utils import get_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metaseg import models
 from metaseg.data.faults import first
 from metaseg.data.source import SPLITS, Split, TaskSource, task_ids
-from metaseg.errors import ConfigError, WeightsError
+from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.models.network import load_network
+from metaseg.seeding import torch_seed
 
+NETWORKS: dict[str, type[nn.Module]] = {  # what a file may name as its network
+    f"metaseg.models.{name}": found for name in models.__all__ if isinstance(found := getattr(models, name), type)
+}
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 _TRUSTED = ("metaseg.models.", "metaseg.update.", "metaseg.losses.", "torch.optim.")
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
@@ -90,6 +96,32 @@ def read_about(path: Path) -> About:
         WeightsError: if the file is unreadable.
     """
     return _read(path)[1]
+
+
+def read_network(path: Path) -> tuple[nn.Module, About]:
+    """The network of an `init.safetensors` or a `.ckpt` of a run, in eval mode, and what is known of it.
+
+    The file may come from anywhere, so it chooses among metaseg's networks: Hydra, which would run whatever `_target_`
+    a configuration holds at any depth, is not asked. Nothing is downloaded.
+
+    Raises:
+        WeightsError: if the file is unreadable, names anything that is not metaseg's or torch's, or does not fit.
+    """
+    about = read_about(path)
+    check_trusted(about, path)
+    try:
+        model = {**about.model, "weights": None}
+        target = model.pop("_target_")
+        if not timm.is_model(model["backbone"]):  # a hub's address, say
+            raise WeightsError(f"{path} names {model['backbone']!r} as its backbone, which timm does not have")
+        with torch_seed(0):  # of weights that are replaced: nobody's random state shall move
+            net = NETWORKS[target](**model)
+    except UserError:
+        raise
+    except Exception as error:  # JSON of any shape
+        raise WeightsError(f"{path} does not describe a network of metaseg's: {error!r}") from error
+    load_initialisation(net, path, about.model)
+    return net.eval(), about
 
 
 def check_trusted(about: About, path: Path) -> None:

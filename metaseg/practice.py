@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
-import hydra.utils
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,10 +27,10 @@ from metaseg.data.source import UInt8
 from metaseg.engine import Fast, Reference, check_optimizer
 from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError, DataError, WeightsError
-from metaseg.initialisation import About, check_trusted, load_initialisation, read_about, save_initialisation
+from metaseg.initialisation import About, read_network, save_initialisation
 from metaseg.metrics import iou
 from metaseg.pictures import PictureError, Pixels, as_mask, as_picture, check_sizes
-from metaseg.seeding import derive_seed, generator, torch_seed
+from metaseg.seeding import derive_seed, generator
 from metaseg.update import Update
 
 EMOJI_SIZE = 64  # of initialisations from before their files said so
@@ -362,8 +360,7 @@ def load(
         raise WeightsError(
             f"{path}: there is no such file; give the init.safetensors of a run, or an adapted.safetensors"
         )
-    about = read_about(path)
-    check_trusted(about, path)
+    net, about = read_network(path)
     size = image_size or about.image_size or (EMOJI_SIZE if about.dataset.startswith("emoji") else None)
     if size is None:
         raise WeightsError(
@@ -371,12 +368,6 @@ def load(
         )
     if not isinstance(size, int) or size < 32 or size % 16:
         raise ConfigError(f"image_size={size}: give a multiple of 16 from 32 on")
-    try:
-        with torch_seed(0):
-            net = hydra.utils.instantiate(about.model, weights=None)
-    except InstantiationException as error:
-        raise WeightsError(f"{path} describes a network that cannot be made: {error.__cause__ or error}") from error
-    load_initialisation(net, path, about.model)
     return Initialisation(net.to(_chosen(device)), about, size)
 
 

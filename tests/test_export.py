@@ -1,4 +1,4 @@
-"""Exported graphs against torch, and files that want more than to be a network."""
+"""Exported graphs against torch."""
 
 import json
 import zipfile
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import metaseg.export
 from metaseg import __version__
 from metaseg.data.folder import read_image
-from metaseg.errors import ConfigError, WeightsError
-from metaseg.export import ONNX_PACKAGES, Deployed, _installed, export, main, read_network, resize
+from metaseg.errors import ConfigError
+from metaseg.export import ONNX_PACKAGES, Deployed, _installed, export, main, resize
 from metaseg.initialisation import About, save_initialisation
 from metaseg.models import DeepLab, EfficientLab
 from metaseg.seeding import generator
@@ -210,65 +210,14 @@ def write(net: nn.Module, folder: Path, about: About = ABOUT, **model: Any) -> P
     return path
 
 
-def test_a_file_gives_its_network(net: nn.Module, tmp_path: Path) -> None:
-    """Without weights that it may have begun from: the path is not opened."""
-    found, about = read_network(write(net, tmp_path, weights="/no/such/file"))
-    assert not found.training
-    assert about.image_size == SIZE
-    images = photographs(1, SIZE, SIZE)
-    assert torch.equal(found(images), net(images))
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            {"_target_": "pathlib.Path.touch", "self": "marker"},
-            "names 'pathlib.Path.touch' as its network, which is none",
-        ),
-        ({"_target_": "os.system", "command": "touch marker"}, "names 'os.system'"),
-        ({"_target_": "metaseg.models.use_shortcuts"}, "names 'metaseg.models.use_shortcuts'"),
-        ({"_target_": ["metaseg.models.EfficientLab"]}, "does not describe a network"),
-        ({"backbone": {"_target_": "os.system", "command": "touch marker"}}, "does not describe a network"),
-        ({"rsd": {"_target_": "os.system", "command": "touch marker"}}, "model.rsd="),
-        ({"drop_path": {"_target_": "os.system", "command": "touch marker"}}, "does not describe a network"),
-        ({"_partial_": True}, "does not describe a network"),
-        ({"backbone": "hf-hub:someone/something"}, "names 'hf-hub:someone/something' as its backbone"),
-        ({"backbone": "local-dir:/tmp"}, "names 'local-dir:/tmp' as its backbone"),
-        ({"backbone": "tf_efficientnet_b0"}, "holds another network"),
-    ],
-)
-def test_a_file_names_no_other_code(
-    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = write(net, tmp_path, **model)
-    with pytest.raises((WeightsError, ConfigError), match=message):
-        read_network(path)
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_file_without_a_network(net: nn.Module, tmp_path: Path) -> None:
-    path = tmp_path / "init.safetensors"
-    save_initialisation(net, replace(ABOUT, model={}), path)
-    with pytest.raises(WeightsError, match="does not describe a network of metaseg's: KeyError"):
-        read_network(path)
-
-
 # The command line
 
 
-@pytest.mark.parametrize("known", ["file", "results", "option"])
+@pytest.mark.parametrize("known", ["file", "option"])
 def test_from_the_shell(net: nn.Module, tmp_path: Path, known: str, capsys: pytest.CaptureFixture[str]) -> None:
     about = ABOUT if known == "file" else replace(ABOUT, image_size=None)
     path, out = write(net, tmp_path, about), tmp_path / "out" / "model.pt"
-    option = ["--image-size", str(SIZE)] if known == "option" else []
-    if known == "results":
-        same = {"algo": "reptile", "seed": 0, "meta_steps": 3, "update": ABOUT.update, "dataset": "emoji", "shots": 5}
-        empty = {"train": None, "val": None, "test": None, "batchnorm": "support", "git_commit": None}
-        drawn = {"episodes": {"image_size": SIZE, "queries": 5, "draws": 1}}
-        (tmp_path / "results.json").write_text(json.dumps({**same, **empty, **drawn}))
-    main([str(path), str(out), *option])
+    main([str(path), str(out), *(["--image-size", str(SIZE)] if known == "option" else [])])
     assert f"{out}, images of 48² inside" in capsys.readouterr().out
     images = photographs(2, 60, 50)
     torch.testing.assert_close(torch.jit.load(out)(images), Deployed(net, SIZE)(images), atol=1e-6, rtol=0)
@@ -277,7 +226,7 @@ def test_from_the_shell(net: nn.Module, tmp_path: Path, known: str, capsys: pyte
 
 def test_the_shell_ends_in_a_message(net: nn.Module, tmp_path: Path) -> None:
     out = str(tmp_path / "model.pt")
-    with pytest.raises(SystemExit, match="metaseg: .*init.safetensors does not say its image size: give --image-size"):
-        main([str(write(net, tmp_path, replace(ABOUT, image_size=None))), out])
-    with pytest.raises(SystemExit, match="metaseg: .*nowhere.safetensors is no initialisation"):
+    with pytest.raises(SystemExit, match="metaseg: .*init.safetensors does not say which image size"):
+        main([str(write(net, tmp_path, replace(ABOUT, image_size=None, dataset="mine"))), out])
+    with pytest.raises(SystemExit, match="metaseg: .*nowhere.safetensors: there is no such file"):
         main([str(tmp_path / "nowhere.safetensors"), out])

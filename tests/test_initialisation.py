@@ -1,5 +1,6 @@
 """Files of initialisations and checkpoints, also from before a network's configuration had all its present fields."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from metaseg.config import expand_update
 from metaseg.data.source import Split, task_ids
 from metaseg.errors import ConfigError, WeightsError
 from metaseg.initialisation import (
@@ -17,6 +19,7 @@ from metaseg.initialisation import (
     check_resumable,
     load_initialisation,
     read_about,
+    read_network,
     save_initialisation,
 )
 from metaseg.models import EfficientLab
@@ -62,6 +65,71 @@ def test_an_older_checkpoint_resumes_with_residual(saved: Path) -> None:
     check_resumable(saved, replace(ABOUT, model={**OLD, "residual": True}))
     with pytest.raises(ConfigError, match="is of a run with model=.*'residual': True"):
         check_resumable(saved, replace(ABOUT, model={**OLD, "residual": False}))
+
+
+# Networks out of files that may come from anywhere
+
+
+def written(net: EfficientLab, folder: Path, **model: Any) -> Path:
+    path = folder / "init.safetensors"
+    save_initialisation(net, replace(ABOUT, model={**OLD, **model}), path)
+    return path
+
+
+def test_a_file_gives_its_network(net: EfficientLab, tmp_path: Path) -> None:
+    """Without weights that it may have begun from: the path is not opened."""
+    before = torch.get_rng_state()
+    found, about = read_network(written(net, tmp_path, weights="/no/such/file"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not found.training
+    assert about.algo == "reptile"
+    images = torch.arange(3 * 32 * 32).view(1, 3, 32, 32) % 256
+    assert torch.equal(found(images), net.eval()(images))
+
+
+SYSTEM = {"_target_": "os.system", "command": "touch marker"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"_target_": "pathlib.Path.touch", "self": "marker"}, "asks for pathlib.Path.touch"),
+        (SYSTEM, "asks for os.system"),
+        ({"_target_": "metaseg.models.use_shortcuts"}, "asks for metaseg.models.use_shortcuts"),
+        ({"_target_": "torch.optim.SGD"}, "does not describe a network"),
+        ({"_target_": ["metaseg.models.EfficientLab"]}, "does not describe a network"),
+        ({"backbone": SYSTEM}, "asks for os.system"),
+        ({"rsd": [SYSTEM]}, "asks for os.system"),
+        ({"drop_path": SYSTEM}, "asks for os.system"),
+        ({"_partial_": True}, "does not describe a network"),
+        ({"backbone": "${oc.env:HOME}"}, "asks for"),
+        ({"backbone": "hf-hub:someone/something"}, "names 'hf-hub:someone/something' as its backbone"),
+        ({"backbone": "local-dir:/tmp"}, "names 'local-dir:/tmp' as its backbone"),
+        ({"backbone": "tf_efficientnet_b0"}, "holds another network"),
+    ],
+)
+def test_a_file_names_no_other_code(
+    net: EfficientLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(net, tmp_path, **model)
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        read_network(path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_without_a_network(net: EfficientLab, tmp_path: Path) -> None:
+    path = tmp_path / "init.safetensors"
+    save_initialisation(net, replace(ABOUT, model={}), path)
+    with pytest.raises(WeightsError, match="does not describe a network of metaseg's: KeyError"):
+        read_network(path)
+
+
+def test_an_update_out_of_a_file_names_no_other_code(net: EfficientLab, tmp_path: Path) -> None:
+    path = tmp_path / "init.safetensors"
+    save_initialisation(net, replace(ABOUT, update={"optimizer": SYSTEM}), path)
+    with pytest.raises(WeightsError, match="asks for os.system"):
+        expand_update([f"update={path}"])
 
 
 # What θ has seen

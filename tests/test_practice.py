@@ -332,7 +332,7 @@ def test_files_that_are_no_initialisation(tmp_path: Path) -> None:
             metaseg.load(tmp_path / f"{name}.safetensors")
     with pytest.raises(WeightsError, match="theta.safetensors holds another network"):
         metaseg.load(written(tmp_path, ABOUT, nn.Conv2d(1, 1, 1)))
-    with pytest.raises(WeightsError, match="describes a network that cannot be made: .*dephts"):
+    with pytest.raises(WeightsError, match="does not describe a network of metaseg.s: .*dephts"):
         metaseg.load(written(tmp_path, replace(ABOUT, model={**MODEL, "dephts": 3})))
 
 
