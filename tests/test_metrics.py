@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from metaseg.evaluate import Evaluation, Score
+from metaseg.evaluate import Evaluation, Score, write_csv
 from metaseg.metrics import bootstrap_ci95, counts, iou
 
 # Counts
@@ -146,7 +146,7 @@ def test_the_summary_is_what_results_json_asks_for() -> None:
 
 
 def test_one_row_an_episode(evaluation: Evaluation, tmp_path: Path) -> None:
-    evaluation.write_csv(tmp_path / "per_task.csv")
+    write_csv(evaluation.rows(), tmp_path / "per_task.csv")
     with (tmp_path / "per_task.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["task"], row["draw"]) for row in rows] == [("a", "0"), ("b", "0"), ("a", "1")]
