@@ -119,7 +119,7 @@ def test_every_form_names_presets_that_there_are(
     monkeypatch.setattr(script, "create", lambda *_, **__: None, raising=False)
     theta = [f"--main-table={table}", "--rows", "imagenet", "--seeds", "0"]
     searched = [f"--main-table={table}", "--inits", "imagenet-s0"]
-    options = {main_table: [], ablations: [], update_search: searched}.get(script, theta)
+    options = {main_table: [], ablations: ["--seeds", "0"], update_search: searched}.get(script, theta)
     for form in ("emoji", "fss1000"):
         with pytest.raises((FileNotFoundError, IndexError)):  # what the runs would have left
             script.main([f"--data={form}", f"--out={tmp_path / form}", *options])
