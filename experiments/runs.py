@@ -94,9 +94,14 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
 
 
 def add_inits(made: argparse.ArgumentParser, rows: Sequence[str]) -> None:
-    """Words for an experiment that takes its initialisations from the main table's runs."""
-    made.add_argument("--main-table", type=Path, default=Path("runs/main_table"), help="main_table.py's --runs")
+    """Words for an experiment that takes initialisations of these rows and of --seeds from the main table's runs."""
+    add_main_table(made)
     made.add_argument("--rows", nargs="+", default=list(rows), help="of the main table (default: %(default)s)")
+
+
+def add_main_table(made: argparse.ArgumentParser) -> None:
+    """The word that says where these runs are."""
+    made.add_argument("--main-table", type=Path, default=Path("runs/main_table"), help="main_table.py's --runs")
 
 
 def initialisation(args: argparse.Namespace, row: str, seed: int) -> Path:

@@ -10,10 +10,10 @@ tested on the same episodes of the test tasks.
 import argparse
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from runs import (
     Run,
+    add_main_table,
     draw_bars,
     execute,
     initialisation_of,
@@ -41,7 +41,7 @@ DEFAULT: dict[str, list[str]] = {"emoji": ["evaluate.val_tasks=16"], "fss1000": 
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__, "update_search", tasks="60", seeds=None)
-    made.add_argument("--main-table", type=Path, default=Path("runs/main_table"), help="main_table.py's --runs")
+    add_main_table(made)
     made.add_argument("--inits", nargs="+", required=True, metavar="ROW-sSEED")
     args = parse(made, argv)
     pairs = {init: before_and_after(args, init) for init in args.inits}
