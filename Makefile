@@ -10,6 +10,7 @@ help: ## list these targets
 
 demo: $(VENV)/.demo ## install, meta-train on the embedded data, compare with ImageNet fine-tuning
 	$(BIN)/python experiments/main_table.py --rows imagenet reptile fomaml_star --tasks 40 --seeds 0 --out runs/demo
+	$(BIN)/python -m metaseg.ship runs/demo/*-s0
 
 test: $(VENV)/.dev ## install, then run the tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -31,6 +31,7 @@ from metaseg.initialisation import About, read_network, save_initialisation
 from metaseg.metrics import iou
 from metaseg.pictures import PictureError, Pixels, as_mask, as_picture, check_sizes
 from metaseg.seeding import derive_seed, generator
+from metaseg.ship import shipped
 from metaseg.update import Update
 
 EMOJI_SIZE = 64  # of initialisations from before their files said so
@@ -341,21 +342,22 @@ class Adapted(Initialisation):
 
 
 def load(
-    path: str | Path, *, image_size: int | None = None, device: str | torch.device | None = None
+    path: str | Path | None = None, *, image_size: int | None = None, device: str | torch.device | None = None
 ) -> Initialisation:
     """An initialisation, or an adapted model, from the file that a run, `save` or the shell command left.
 
     Nothing in the file is executed: its configuration may name parts of metaseg and torch alone.
 
     Args:
-        path: an `init.safetensors`, an `adapted.safetensors` or a run's `.ckpt`.
+        path: an `init.safetensors`, an `adapted.safetensors` or a run's `.ckpt`; None takes the shipped one, which
+            `make demo` builds (see `metaseg.ship`).
         image_size: height and width that images are resized to; None takes what the file says.
         device: None takes the GPU if there is one.
 
     Raises:
         WeightsError: if there is no such file, it is not metaseg's, or it does not say its image size.
     """
-    path = Path(path).expanduser()
+    path = shipped() if path is None else Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(
             f"{path}: there is no such file; give the init.safetensors of a run, or an adapted.safetensors"

@@ -21,6 +21,7 @@ from metaseg.adapt.__main__ import main
 from metaseg.config import config_dir
 from metaseg.initialisation import save_initialisation
 from metaseg.models import EfficientLab
+from metaseg.ship import shipped_path
 
 Command = Callable[..., str]
 
@@ -302,7 +303,7 @@ def test_it_fails_only_if_nothing_can_be_done(command: Command, place: Path) -> 
         (("--tile",), "'--tile' is no key=value"),
         (("tile=yes",), "tile=yes: give true or false"),
         (("seed=a",), "seed=a: give a whole number"),
-        (("init=",), "init has no value: give init=PATH, an init.safetensors"),
+        (("init=",), "no initialisation is given, and"),
         (("out=",), "out has no value: give out=PATH, a folder for the results"),
         (("support=", "query="), "nothing to do: give support=DIR to adapt, query=DIR to predict, or both"),
         (("init=nowhere",), "nowhere: there is no such file; give the init.safetensors of a run"),
@@ -333,8 +334,18 @@ def test_an_out_that_cannot_be_a_folder(command: Command, place: Path) -> None:
 
 def test_help_lists_every_key_with_what_it_is_for() -> None:
     done = subprocess.run([sys.executable, "-m", "metaseg.adapt", "--help"], capture_output=True, text=True, check=True)
-    assert "python -m metaseg.adapt init=RUN/init.safetensors support=labelled query=photos out=masks" in done.stdout
+    assert "python -m metaseg.adapt support=labelled query=photos out=masks" in done.stdout
     for key in OmegaConf.load(config_dir() / "adapt.yaml"):
         assert key == "defaults" or re.search(rf"^{key}: .* # \w+", done.stdout, re.MULTILINE)
     for key in OmegaConf.load(config_dir() / "update" / "sgd.yaml"):
         assert key == "_target_" or re.search(rf"^  {key}:", done.stdout, re.MULTILINE)
+
+
+def test_without_init_it_starts_from_the_shipped_one(
+    command: Command, theta: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METASEG_CACHE", str(tmp_path / "cache"))
+    shipped_path().parent.mkdir(parents=True)
+    shipped_path().write_bytes(theta.read_bytes())
+    command("init=null")
+    assert record(place)["command"]["init"] == str(shipped_path())

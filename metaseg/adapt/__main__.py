@@ -26,6 +26,7 @@ from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError, UserError
 from metaseg.pictures import Labelled, PictureError, find_labelled, find_pictures, read_picture
 from metaseg.practice import Adapted, Initialisation
+from metaseg.ship import shipped
 
 PLACES = ("init", "support", "query", "out")
 SWITCHES = ("tile", "flips", "soft", "leave_one_out")
@@ -57,11 +58,11 @@ def read_words(words: Sequence[str]) -> Request:
         config = compose("adapt", overrides=others)
     for key, value in places.items():
         config[key] = None if value in ("", "null") else str(Path(value).expanduser())
-    for key, what in {"init": "an init.safetensors", "out": "a folder for the results"}.items():
-        if config[key] is None:
-            raise ConfigError(f"{key} has no value: give {key}=PATH, {what}; --help lists the keys")
+    if config.out is None:
+        raise ConfigError("out has no value: give out=PATH, a folder for the results; --help lists the keys")
     if config.support is None and config.query is None:
         raise ConfigError("nothing to do: give support=DIR to adapt, query=DIR to predict, or both")
+    config.init = config.init or str(shipped())
     for key in SWITCHES:
         if not isinstance(config[key], bool) and not (key == "tile" and config.tile is None):
             raise ConfigError(f"{key}={config[key]}: give true or false")
