@@ -139,7 +139,9 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
     """Run what is not done, `jobs` at a time, output in console.log of the folders; after a failure none is begun."""
     runs = [run for run in runs if not run.done()]
     jobs = max(1, min(jobs, len(runs)))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    # threads that share a core with another process wait for each other: divided among the runs, unless said otherwise
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
     def one(run: Run) -> None:
