@@ -107,10 +107,15 @@ def by_shell(init: Path, episode: Episode, place: Path) -> Row:
         Image.fromarray(image).save(place / "photos" / f"{i:02}.png")
     words = [f"init={init}", f"support={place}/labelled", f"query={place}/photos", f"out={place}/masks", "device=cpu"]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "metaseg.adapt", *words], check=True, capture_output=True)
+    adapt_in_shell(words)
     seconds = time.perf_counter() - started
     predicted = np.stack([read_mask(path) for path in sorted((place / "masks" / "masks").iterdir())])
     return {"shell": mean_iou(predicted, truth), "seconds": round(seconds, 1)}
+
+
+def adapt_in_shell(words: Sequence[str]) -> None:
+    """The command itself, with its start."""
+    subprocess.run([sys.executable, "-m", "metaseg.adapt", *words], check=True, capture_output=True)
 
 
 def draw(episode: Episode, place: Path, out: Path) -> None:

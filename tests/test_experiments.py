@@ -8,16 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from test_practice import ABOUT
 from trees import write_splits, write_tree
 
+from metaseg.adapt import __main__ as adapt_command
+from metaseg.adapt.__main__ import read_words
 from metaseg.config import config_sha256, inner_config, make_update
+from metaseg.data.emoji import names_of
+from metaseg.episode import Batch, Episode
+from metaseg.initialisation import save_initialisation
+from metaseg.models import EfficientLab
+from metaseg.pictures import find_labelled
 from metaseg.run import run as run_config
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import ablations
 import batchnorm
+import five_images
 import learning_curves
 import lr_grid
 import main_table
@@ -218,3 +229,44 @@ def test_a_run_is_done_until_its_configuration_or_its_initialisation_changes(
     assert not replace(run, overrides=[*run.overrides, "update.steps=3"]).done()
     init.touch()
     assert not run.done()
+
+
+# Five images by each way a person has
+
+
+def test_the_files_of_an_episode_go_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    init = tmp_path / "init.safetensors"
+    save_initialisation(EfficientLab("tf_efficientnet_lite0", rsd=(16,)), replace(ABOUT, seen=None), init)
+    monkeypatch.setattr(five_images, "CLASSES", 1)
+    here = Console(quiet=True)
+    monkeypatch.setattr(five_images, "adapt_in_shell", lambda words: adapt_command.run(read_words(words), here))
+    five_images.main(["--init", str(init), "--tasks", "1", "--out", str(tmp_path / "out")])
+    (row,) = read(tmp_path / "out" / "five_images.csv")
+    about = json.loads((tmp_path / "out" / "five_images.json").read_text())
+    assert 0 <= float(row["shell"]) <= 1
+    assert about["iou_shell"] == pytest.approx(float(row["shell"]), abs=1e-3)
+    assert about["drawn"] == row["task"] in names_of("test")
+    for way in ("shell", "python", "onnx"):
+        assert (tmp_path / "out" / f"{way}.png").read_bytes().startswith(PNG)
+
+
+def test_an_episodes_iou_by_the_command_is_that_of_its_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    masks = np.zeros((3, 32, 32), np.uint8)
+    masks[:, :16] = 1
+    support = Batch.from_numpy(images, masks)
+
+    def finds_half(words: Words) -> None:
+        """Half of the object in each image but the first, which it finds whole."""
+        for i in range(3):
+            found = masks[i] * np.uint8(255)
+            found[8 if i else 16 :] = 0
+            (tmp_path / "masks" / "masks").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(found).save(tmp_path / "masks" / "masks" / f"{i:02}.png")
+
+    monkeypatch.setattr(five_images, "adapt_in_shell", finds_half)
+    row = five_images.by_shell(Path("init"), Episode("task", 0, support, support), tmp_path)
+    assert row["shell"] == pytest.approx((1 + 0.5 + 0.5) / 3, abs=1e-4)
+    written = [find_labelled(tmp_path / "labelled")[0][i].read()[1] for i in range(3)]
+    np.testing.assert_array_equal(written, masks)
