@@ -165,10 +165,14 @@ def _hydra_main(config: DictConfig) -> float:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from metaseg.run import run
+    from metaseg.sweep import recorded, sweep_job
 
-    return run(config, Path(HydraConfig.get().runtime.output_dir))
+    hydra = HydraConfig.get()
+    do = sweep_job if hydra.mode == RunMode.MULTIRUN else recorded
+    return do(run, config, Path(hydra.runtime.output_dir))
 
 
 def launch(hydra_main: Callable[[], Any]) -> None:
