@@ -178,6 +178,8 @@ def _hydra_main(config: DictConfig) -> float:
 def launch(hydra_main: Callable[[], Any]) -> None:
     """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come out of Hydra as they are
+    # of a launcher's preset that has the plugin's own name, which is the name that people know
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     try:
         sys.argv[1:] = expand_update(sys.argv[1:])
         check_overrides(sys.argv[1:])

@@ -1,0 +1,204 @@
+"""Multiruns: how each job ended, what is run again, and the table of all."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from test_config import presets
+from trees import write_splits, write_tree
+
+from metaseg.config import config_dir
+from metaseg.errors import ConfigError, DataError
+from metaseg.summary import failures, latex, main, read_sweep, rows, summarise
+from metaseg.sweep import OUTCOME, read_outcome, recorded, sweep_job
+
+LAUNCHERS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "submitit", "ray": "ray"}
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+# One job
+
+
+def test_a_run_leaves_how_it_ended_and_skip_done_returns_that(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def run(config: DictConfig, folder: Path) -> float:
+        taken.append(config.seed)
+        return 0.25
+
+    assert recorded(run, config(), tmp_path) == 0.25
+    assert read_outcome(tmp_path)["state"] == "finished"
+    assert recorded(run, config("skip_done=true"), tmp_path) == 0.25
+    assert taken == [0]  # not run again
+    recorded(run, config("skip_done=true", "seed=1"), tmp_path)  # another configuration
+    recorded(run, config("seed=1"), tmp_path)  # not asked to skip
+    assert taken == [0, 1, 1]
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[1]", '{"state": "finished"}'])
+def test_what_is_no_outcome_is_run_again(tmp_path: Path, broken: str) -> None:
+    (tmp_path / OUTCOME).write_text(broken)
+    assert read_outcome(tmp_path) is None
+    assert recorded(lambda *_: 0.5, config("skip_done=true"), tmp_path) == 0.5
+
+
+@pytest.mark.parametrize(("error", "told"), [(ConfigError("mend it"), "mend it"), (KeyError("k"), "Traceback")])
+def test_a_failure_is_written_down_and_ends_only_its_own_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+) -> None:
+    def run(config: DictConfig, folder: Path) -> float:
+        raise error
+
+    assert math.isnan(sweep_job(run, config(), tmp_path))
+    assert told in read_outcome(tmp_path)["error"]
+    assert told in capsys.readouterr().err
+    with pytest.raises(type(error)):
+        recorded(run, config("skip_done=true"), tmp_path)  # a failed one is never skipped
+
+
+# The table
+
+
+def sweep(folder: Path, jobs: dict[str, float | None]) -> Path:
+    """A multirun's folder: by each job's overrides, its headline."""
+    for number, (words, headline) in enumerate(jobs.items()):
+        place = folder / str(number)
+        (place / ".hydra").mkdir(parents=True)
+        OmegaConf.save(OmegaConf.create(words.split()), place / ".hydra" / "overrides.yaml")
+        if headline is not None:
+            outcome = {"state": "finished", "headline": headline, "config_sha256": "", "error": None}
+            (place / OUTCOME).write_text(json.dumps(outcome))
+    return folder
+
+
+def test_seeds_are_one_row_with_students_interval(tmp_path: Path) -> None:
+    jobs: dict[str, float | None] = {
+        "trainer=cpu algo=reptile seed=0": 0.50,
+        "trainer=cpu algo=reptile seed=1": 0.60,
+        "trainer=cpu algo=reptile seed=2": 0.55,
+        "trainer=cpu algo=fomaml seed=0": 0.40,
+        "trainer=cpu algo=fomaml seed=1": None,
+    }
+    reptile, fomaml = rows(read_sweep(sweep(tmp_path, jobs)))
+    assert reptile.values == {"algo": "reptile"}  # what all share, and the seed, is not in the name
+    assert reptile.mean == pytest.approx(0.55)
+    assert reptile.half_width == pytest.approx(4.302653 * 0.05 / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+    assert (fomaml.mean, fomaml.half_width, fomaml.missing) == (0.40, None, ["1"])
+    assert [path.name for path in failures(tmp_path)] == ["4"]
+
+
+def test_jobs_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    sweep(tmp_path, {f"update.steps={n}": n / 100 for n in range(1, 13)})
+    assert [row.values["update.steps"] for row in rows(read_sweep(tmp_path))] == [str(n) for n in range(1, 13)]
+
+
+def test_the_table_as_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs: dict[str, float | None] = {"algo=a seed=0": 0.5, "algo=a seed=1": 0.7, "algo=b_c seed=0": 0.8}
+    main([str(sweep(tmp_path, jobs))])
+    assert "a" in capsys.readouterr().out
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["algo"], first["iou"], first["seeds"], first["iou_by_seed"]) == (
+        "a",
+        "0.6000",
+        "0 1",
+        "0.5000 0.7000",
+    )
+    assert (second["iou"], second["half_width"]) == ("0.8000", "")
+    tex = (tmp_path / "summary.tex").read_text()
+    assert "a & $60.0 \\pm 127.1$ & 2 \\\\" in tex  # 12.7062 · 0.1, t of 1 degree of freedom
+    assert "b\\_c & $\\mathbf{80.0}$ & 1 \\\\" in tex
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert summarise(tmp_path) == rows(read_sweep(tmp_path))
+
+
+def test_a_row_without_a_result_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = summarise(sweep(tmp_path, {"seed=0": None}))
+    assert "killed, or still running" in capsys.readouterr().out
+    assert "$--$ & 0" in latex(table)
+
+
+def test_a_folder_without_jobs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no jobs of a multirun"):
+        read_sweep(tmp_path)
+    with pytest.raises(SystemExit, match="metaseg: .* holds no jobs"):
+        main([str(tmp_path)])
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    names = [f"class_{i}" for i in range(6)]
+    root = write_tree(folder / "tree", names)
+    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
+    data = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    return [*data, "debug=fast", "model.weights=null", "logger=csv", "algo=reptile,finetune"]
+
+
+@pytest.fixture(scope="module")
+def multirun(words: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def start(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "metaseg.run", "-m", *words, f"hydra.sweep.dir={folder}", *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def serial(
+    multirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float | None]:
+    """Headlines of a multirun, one job after the other, one of which cannot work; then of the same once more."""
+    folder = tmp_path_factory.mktemp("serial") / "sweep"
+    done = multirun(folder, "evaluate.shots=5,50")
+    assert done.returncode == 1
+    assert "metaseg: 2 jobs have not finished: 1, 3. The same command with skip_done=true" in done.stderr
+    assert "Lower evaluate.shots" in read_outcome(folder / "1")["error"]
+    before = {n: (folder / n / "results.json").stat().st_mtime_ns for n in "02"}
+    again = multirun(folder, "evaluate.shots=5,4", "skip_done=true")
+    assert again.returncode == 0, again.stderr
+    assert {n: (folder / n / "results.json").stat().st_mtime_ns for n in "02"} == before
+    return {job.folder.name: job.headline for job in read_sweep(folder)}
+
+
+def test_a_failure_ends_no_other_job_and_is_all_that_is_run_again(serial: dict[str, float | None]) -> None:
+    assert all(headline is not None for headline in serial.values())
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_serial_runs_numbers(
+    launcher: str,
+    serial: dict[str, float | None],
+    multirun: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip(LAUNCHERS[launcher])
+    done = multirun(tmp_path / "sweep", "evaluate.shots=5", f"hydra/launcher={launcher}")
+    assert done.returncode == 0, done.stderr
+    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == {
+        "0": serial["0"],
+        "1": serial["2"],
+    }
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "submitit_slurm"])
+def test_launchers_compose(launcher: str) -> None:
+    pytest.importorskip(LAUNCHERS.get(launcher, "submitit"))
+    assert launcher in presets("hydra/launcher")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        made = compose("config", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+    assert made.hydra.launcher._target_.startswith("hydra_plugins.")
