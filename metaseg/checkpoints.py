@@ -1,10 +1,39 @@
-"""Which checkpoints a run keeps: `best.ckpt` on validation tasks, and `last.ckpt` to resume from."""
+"""Which checkpoints a run keeps, `best.ckpt` on validation tasks and `last.ckpt` to resume from; how it is stopped."""
 
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again"
+LAST = "last.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints come into being whole: a process may be killed while it writes one.
+
+    Lightning's own way goes through the folder for temporary files, and copies if that is on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside `path`, then move there."""
+        partial = Path(f"{path}.{os.getpid()}.partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        partial.replace(path)
+
+
+class Stopped(SystemExit):
+    """Ends a process with the exit code `RESUMABLE`."""
+
+    def __init__(self) -> None:
+        super().__init__(RESUMABLE)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -25,7 +54,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, every: int) -> None:
-        self.path, self.every = folder / "last.ckpt", every
+        self.path, self.every = folder / LAST, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Save if it is time."""
@@ -35,3 +64,56 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Save."""
         trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class StopOnSignal(pl.Callback):
+    """On SIGTERM or SIGINT finishes the meta-step, writes `last.ckpt` and ends the process with `RESUMABLE`.
+
+    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LAST
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take over the signals; Lightning's own handling of SIGTERM would save nothing."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Between two meta-steps all state is consistent."""
+        if self.received:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._stop(trainer.global_step)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """θ stays as it is while validating, and the last checkpoint will do."""
+        if self.received:
+            self._stop(trainer.global_step)
+
+    def on_fit_end(self, *_: Any) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def on_exception(self, *_: Any) -> None:
+        """Likewise."""
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, self._before[self.received])  # the second time
+
+    def _stop(self, step: int) -> None:
+        assert self.received is not None
+        how = f"stopped by {self.received.name} at meta-step {step}; the same command with ckpt_path=last goes on"
+        sys.stderr.write(f"metaseg: {how}\n")
+        raise Stopped
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

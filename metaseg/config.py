@@ -148,6 +148,8 @@ def config_sha256(config: DictConfig) -> str:
     named = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         named["dataset"].pop(key, None)
+    if trains(config):
+        named["ckpt_path"] = None  # resumed, it ends as it would have
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 

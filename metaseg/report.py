@@ -25,7 +25,11 @@ SCHEMA = 1
 
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     """The CSV logger and the configured one, each given the run's whole configuration."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="csv")]
+    version = "csv"
+    if config.ckpt_path is not None:  # the curves from before stay
+        taken = sum(1 for _ in folder.glob("csv*"))
+        version += f"{taken + 1}" if taken else ""
+    loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
     if config.logger:
         loggers.append(instantiate(config.logger, save_dir=str(folder)))
     for logger in loggers:

@@ -13,19 +13,19 @@ from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 
 from metaseg.algos import Algorithm
 from metaseg.card import write_card
-from metaseg.checkpoints import BestCheckpoint, LastCheckpoint
-from metaseg.config import check_overrides, config_dir, expand_update
+from metaseg.checkpoints import LAST, AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, StopOnSignal
+from metaseg.config import check_overrides, config_dir, expand_update, trains
 from metaseg.curves import curves
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
 from metaseg.data.source import Split
-from metaseg.errors import UserError
+from metaseg.errors import ConfigError, UserError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
 from metaseg.job import Job, build, create, describe, device_of, load, scoring, splits_to_score
@@ -44,6 +44,7 @@ def run(config: DictConfig, folder: Path) -> float:
     Raises:
         UserError: saying what to change; before anything is written, if it could be known.
     """
+    config = resumed(config, folder)
     job = build(config)
     for name in ("results.json", "card.md"):
         (folder / name).unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
@@ -55,6 +56,22 @@ def run(config: DictConfig, folder: Path) -> float:
     finally:
         close_loggers(loggers, exit_code)
     return headline
+
+
+def resumed(config: DictConfig, folder: Path) -> DictConfig:
+    """The configuration, with `ckpt_path=last` as the folder's last checkpoint, or as null if there is none yet.
+
+    Raises:
+        ConfigError: if the run does not meta-train.
+    """
+    if config.ckpt_path != "last":
+        return config
+    if not trains(config):
+        raise ConfigError(
+            f"ckpt_path=last resumes meta-training, but mode={config.mode} of this algo has none: name a file"
+        )
+    last = folder / "checkpoints" / LAST
+    return OmegaConf.merge(config, {"ckpt_path": str(last) if last.is_file() else None})  # type: ignore[return-value]
 
 
 def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
@@ -106,7 +123,8 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
     trainer = create(
         config.trainer,
-        callbacks=[best, last, MetaProgressBar()],
+        callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar()],
+        plugins=[AtomicCheckpointIO()],
         logger=loggers,
         default_root_dir=folder,
         check_val_every_n_epoch=None,
