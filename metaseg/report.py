@@ -19,6 +19,7 @@ from rich.table import Table
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
+from metaseg.sweep import sweep_name as sweep_name  # conf/logger/wandb.yaml resolves it
 
 SCHEMA = 1
 

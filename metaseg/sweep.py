@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from metaseg.config import config_sha256
@@ -18,8 +20,17 @@ from metaseg.errors import UserError
 
 OUTCOME = "outcome.json"
 
+OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(), replace=True)  # of conf/logger/wandb.yaml
+
 Outcome = dict[str, Any]
 """Of a run's folder: `state` (finished or failed), `headline` (its metric, or null), `config_sha256`, `error`."""
+
+
+def sweep_name() -> str | None:
+    """The name that the jobs of this multirun share, of their folder's last two parts; None for a run alone."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])
 
 
 def read_outcome(folder: Path) -> Outcome | None:
