@@ -47,7 +47,9 @@ def serve(init: Initialisation, host: str, port: int) -> None:
                 css=page.CSS,
             )
         except OSError as error:
-            raise ConfigError(f"port {port} of {host} cannot be had: choose another, --port {port + 1}") from error
+            raise ConfigError(
+                f"nothing can be served at {host}:{port}, which may be taken: choose another port, --port {port + 1}"
+            ) from error
         print(f"http://{host}:{port} is the page; Ctrl-C ends it", flush=True)
         try:
             while True:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         init = load(arguments.init)
         if "_target_" not in init.about.update:
             raise WeightsError(
-                f"{arguments.init} recommends no update procedure: give the init.safetensors of a whole run"
+                "the initialisation recommends no update procedure: give --init, the init.safetensors of a run"
             )
         serve(init, arguments.host, arguments.port)
     except UserError as error:

@@ -15,24 +15,24 @@ from metaseg.app.session import VIEW, Session
 from metaseg.data.faults import fault_lines
 from metaseg.data.source import UInt8
 from metaseg.errors import UserError
-from metaseg.pictures import PREDICTION
 from metaseg.practice import Initialisation
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing here asks the network
 
 import gradio as gr
 
-PAINT, OPACITY = f"rgb{PREDICTION}", 0.6
+PAINT, OPACITY = (224, 0, 224), 0.6  # few objects are magenta
 BRUSH = 16  # radius, in pixels of the view
-HEIGHT = 480  # of the gallery and the editor, in pixels of the screen
-STEPS = {"as many steps as recommended": 0} | {f"{n} steps": n for n in (10, 20, 50, 100, 200)}
+DAY = 86_400  # seconds after which Gradio's copies of uploads are removed; sessions have their own
+HEIGHT = 490  # of the gallery and the editor, in pixels of the screen
+STEPS = {"steps as recommended": 0} | {f"{n} steps": n for n in (10, 20, 50, 100, 200)}
 DOWNLOADS = {".zip": "Masks", ".onnx": "Model, ONNX", ".safetensors": "Model, safetensors"}
 
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container main { max-width: 1400px; margin: 0 auto; padding: 8px 24px }
 #images .caption-label { left: 0; bottom: 0; max-width: 100%; border-radius: 0 }
-#editor button[aria-label="Clear canvas"] { display: none } /* it would remove the image, too */
+#editor button:is([aria-label="Clear canvas"], [aria-label="Color"]) { display: none } /* it clears the image, too */
 """
 FETCH = """file => {
   const link = document.createElement("a");
@@ -40,7 +40,6 @@ FETCH = """file => {
   link.download = file.orig_name;
   link.click();
 }"""
-
 
 Drawn: TypeAlias = dict[str, Any] | None  # the editor's value: "background" and "layers", as arrays (h, w, 4)
 
@@ -52,14 +51,15 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
         init: what all sessions adapt; it stays as it is.
         folder: the sessions' own folders are made in it.
     """
-    page = gr.Blocks(title="metaseg", analytics_enabled=False, fill_width=True)
+    paint = (f"rgb{PAINT}", OPACITY)
+    page = gr.Blocks(title="metaseg", analytics_enabled=False, fill_width=True, delete_cache=(3600, DAY))
     with page:
         session = gr.State(None, delete_callback=_close)
         opened = gr.State(None)  # the name of the image in the editor
-        gr.Markdown("## metaseg\nPaint an object on a few images, and get its mask on all the others.")
+        gr.Markdown("**metaseg**: paint an object on a few images, and get its mask on all the others.")
         with gr.Row():
             with gr.Column(scale=5):
-                gr.Markdown("**1 Add images.** Their masks show here: painted ones green, predicted ones red.")
+                gr.Markdown("**1 Add images.** Masks show here: painted green, predicted red.")
                 upload = gr.UploadButton("Add images", size="md", file_count="multiple")
                 gallery = gr.Gallery(
                     elem_id="images",
@@ -89,24 +89,24 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
                     buttons=[],
                     brush=gr.Brush(
                         default_size=BRUSH,
-                        colors=[(PAINT, OPACITY)],
-                        default_color=(PAINT, OPACITY),
+                        colors=[paint],
+                        default_color=paint,
                         color_mode="fixed",
                     ),
                 )
                 use = gr.Button("Use this mask", size="md")
         with gr.Row():
             with gr.Column(scale=5):
-                gr.Markdown("**3 Adapt.** Then mend a predicted mask, or use it if it is right, and adapt again.")
+                gr.Markdown("**3 Adapt.** Then mend or use a predicted mask, and adapt again.")
+                adapt = gr.Button("Adapt", variant="primary", size="md")
                 with gr.Row():
-                    adapt = gr.Button("Adapt", variant="primary", size="md", min_width=100)
                     steps = gr.Dropdown(list(STEPS.items()), value=0, show_label=False, container=False, min_width=100)
-                tile = gr.Checkbox(label="Tiles, for small objects in large images", container=False)
+                    tile = gr.Checkbox(label="Tiles: small objects in large images", container=False, min_width=100)
+                status = gr.Markdown(elem_id="status", min_height=24)
             with gr.Column(scale=6):
                 gr.Markdown("**4 Download** the masks, 0 and 255 at each image's own size, or the model.")
                 with gr.Row():
                     makers = {suffix: gr.Button(label, size="md", min_width=100) for suffix, label in DOWNLOADS.items()}
-                status = gr.Markdown(elem_id="status", min_height=24)
                 made = gr.File(visible="hidden")
 
         painting = [session, opened, editor]
@@ -148,9 +148,11 @@ def _add(
     return session, opened, session.thumbnails(), gr.skip()
 
 
-def _open(session: Session, opened: str | None, drawn: Drawn, event: gr.SelectData) -> tuple[Any, ...]:
-    changed = _keep(session, opened, drawn)
+def _open(session: Session, opened: str | None, drawn: Drawn, event: gr.SelectData) -> Any:
     name = list(session.pictures)[event.index]
+    if name == opened:
+        return gr.skip()
+    changed = _keep(session, opened, drawn)
     return name, session.thumbnails() if changed else gr.skip(), _editor(session, name)
 
 
@@ -217,8 +219,8 @@ def _editor(session: Session, name: str) -> Any:
     """The editor with an image and its mask. On a square: the editor would displace a layer of any other shape."""
     view = session.pictures[name].view
     paint = np.zeros((*view.shape[:2], 4), np.uint8)
-    paint[session.layer(name) == 1] = (*PREDICTION, round(255 * OPACITY))
-    value = {"background": _squared(view, 255), "layers": [_squared(paint, 0)], "composite": None}
+    paint[session.layer(name) == 1] = (*PAINT, round(255 * OPACITY))
+    value: Any = {"background": _squared(view, 255), "layers": [_squared(paint, 0)], "composite": None}
     return gr.ImageEditor(value, label=name)
 
 

@@ -20,7 +20,7 @@ from metaseg.pictures import PREDICTION, TRUTH, PictureError, overlay, read_pict
 from metaseg.practice import Adapted, Initialisation, Progress
 
 VIEW = 640  # pixels of a view's longer side
-THUMBNAIL = 320  # of a thumbnail's
+THUMBNAIL = 192  # of a thumbnail's; an overlay's outline has one pixel
 
 Tell = Callable[[float, str], None]
 """Is told how far the work is, in 0 … 1, and what is being done."""
