@@ -31,7 +31,7 @@ DOWNLOADS = {".zip": "Masks", ".onnx": "Model, ONNX", ".safetensors": "Model, sa
 THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container main { max-width: 1400px; margin: 0 auto; padding: 8px 24px }
-#images .caption-label { left: 0; bottom: 0; max-width: 100%; border-radius: 0 }
+#images .caption-label { left: 0; bottom: 0; max-width: 100%; border-radius: 0; padding: 1px 6px; font-size: 11px }
 #editor button:is([aria-label="Clear canvas"], [aria-label="Color"]) { display: none } /* it clears the image, too */
 """
 FETCH = """file => {
@@ -101,7 +101,7 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
                 adapt = gr.Button("Adapt", variant="primary", size="md")
                 with gr.Row():
                     steps = gr.Dropdown(list(STEPS.items()), value=0, show_label=False, container=False, min_width=100)
-                    tile = gr.Checkbox(label="Tiles: small objects in large images", container=False, min_width=100)
+                    tile = gr.Checkbox(label="tiles, for small objects", container=False, min_width=100)
                 status = gr.Markdown(elem_id="status", min_height=24)
             with gr.Column(scale=6):
                 gr.Markdown("**4 Download** the masks, 0 and 255 at each image's own size, or the model.")
