@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, required=True, help="init.safetensors of a run on the embedded data")
     parser.add_argument("--out", type=Path, default=Path("experiments/practice/app.png"))
-    parser.add_argument("--task", default="duck", help="a test class; default: %(default)s")
+    parser.add_argument("--task", default="strawberry", help="a test class; default: %(default)s")
     parser.add_argument("--images", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--labelled", type=int, default=3, help="how many are painted; default: %(default)s")
     args = parser.parse_args(argv)
@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         page.mouse.move(0, 0)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=args.out)
+    Image.open(args.out).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":
