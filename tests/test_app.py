@@ -251,6 +251,7 @@ def test_the_page_is_for_this_computer_alone_unless_told_otherwise(
 
 
 def test_without_gradio_it_says_what_to_install(theta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.delitem(sys.modules, "metaseg.app.page", raising=False)
     monkeypatch.delattr("metaseg.app.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -263,8 +264,9 @@ def test_a_bad_initialisation_is_named(tmp_path: Path) -> None:
         command.main(["--init", str(tmp_path / "none.safetensors")])
 
 
-def test_a_port_that_is_taken_is_named_with_another(theta: Path) -> None:
+def test_a_port_that_is_taken_is_named_with_another(theta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it for its process: not for other tests
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -22,15 +22,15 @@ def serve(init: Initialisation, host: str, port: int) -> None:
     Raises:
         ConfigError: if Gradio is missing, or the port cannot be had.
     """
-    try:
-        from metaseg.app import page
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ConfigError('the page needs Gradio: pip install "metaseg-lightning[app]"') from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it would leave the folder behind
     with tempfile.TemporaryDirectory(prefix="metaseg-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # whose files Gradio serves
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # read at the import; Gradio serves what is in it
+        try:
+            from metaseg.app import page
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise ConfigError('the page needs Gradio: pip install "metaseg-lightning[app]"') from error
         sessions = Path(folder, "sessions")
         sessions.mkdir()
         blocks = page.build(init, sessions)
