@@ -140,7 +140,7 @@ def _shown(page: Page, image: UInt8) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, required=True, help="init.safetensors of a run on the embedded data")
-    parser.add_argument("--out", type=Path, default=Path("experiments/practice/app.png"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/five_images/app.png"))
     parser.add_argument("--task", default="strawberry", help="a test class; default: %(default)s")
     parser.add_argument("--images", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--labelled", type=int, default=3, help="how many are painted; default: %(default)s")

@@ -37,8 +37,11 @@ class Output:
     def __init__(self, folder: Path, names: Sequence[str], *, adapts: bool, soft: bool) -> None:
         self.folder, self.soft = folder, soft
         stems = Counter(Path(name).stem.casefold() for name in names)
-        # a.jpg and a.png would both become a.png
-        self.stem = {name: Path(name).stem if stems[Path(name).stem.casefold()] == 1 else name for name in names}
+        # a.jpg and a.png would both become a.png, and beside them a.jpg.png what a.jpg becomes then
+        taken = {name.casefold() for name in names if stems[Path(name).stem.casefold()] > 1}
+        self.stem = {
+            name: name if {name.casefold(), Path(name).stem.casefold()} & taken else Path(name).stem for name in names
+        }
         planned = [RECORD, INDEX, *([MODEL] if adapts else [])]
         for stem in self.stem.values():
             planned += [f"masks/{stem}.png", f"overlays/{stem}.jpg", *([f"probabilities/{stem}.png"] if soft else [])]
