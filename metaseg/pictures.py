@@ -187,7 +187,9 @@ def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int
 
 
 def find_pictures(place: Path) -> tuple[list[Path], list[Fault]]:
-    """The image at `place`, or those in that folder or its `images/`, in natural order, without masks beside them.
+    """The image at `place`, or those in that folder or its `images/`, in natural order, and the faults of what else.
+
+    What is named as the mask of an image beside it (see `find_labelled`) is taken for one, and is such a fault.
 
     Raises:
         DataError: if there is no such place.
@@ -195,7 +197,14 @@ def find_pictures(place: Path) -> tuple[list[Path], list[Fault]]:
     if place.is_file():
         return [place], []
     files = _scan(place)
-    return files.images, files.faults
+    owners = {image.stem: image for image in reversed(files.images)}  # the first of a stem
+    cure = "rename it, or put all images into images/"
+    taken = [
+        Fault("taken for a mask", mask.relative_to(place), cure, f"of {owners[stem].name}")
+        for stem, mask in files.masks.items()
+        if mask.parent == owners[stem].parent
+    ]
+    return files.images, files.faults + taken
 
 
 def find_labelled(folder: Path, category: str | None = None) -> tuple[list[Labelled], list[Fault]]:

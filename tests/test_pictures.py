@@ -12,7 +12,7 @@ import torch
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from metaseg.data.faults import STRAY
+from metaseg.data.faults import STRAY, Fault
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError
 from metaseg.pictures import (
@@ -272,7 +272,8 @@ def test_every_layout_gives_the_image_with_its_mask(tmp_path: Path, name: str) -
     assert image.shape == (6, 9, 3)
     np.testing.assert_array_equal(mask, MASK)
     (picture,), faults = find_pictures(tmp_path)
-    assert (picture, faults) == (labelled.image, [])
+    assert picture == labelled.image
+    assert [fault.kind for fault in faults] == ["taken for a mask"] * (name in ("beside", "png"))
 
 
 def test_several_shapes_of_one_image_are_one_object(tmp_path: Path) -> None:
@@ -305,6 +306,23 @@ def test_images_come_in_natural_order_and_hidden_files_are_no_matter(tmp_path: P
     assert [(fault.kind, fault.path.name) for fault in faults] == [(STRAY, "notes.txt")]
     assert [path.name for path in find_pictures(tmp_path)[0]] == ["1.jpg", "9.jpg", "10.jpg"]
     assert find_pictures(tmp_path / "9.jpg") == ([tmp_path / "9.jpg"], [])
+
+
+def test_an_image_to_segment_that_is_taken_for_a_mask_is_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.png", "b_mask.png"):
+        write(tmp_path / name, noise())
+    images, faults = find_pictures(tmp_path)
+    assert [path.name for path in images] == ["a.jpg", "b.png"]
+    cure = "rename it, or put all images into images/"
+    assert set(faults) == {
+        Fault("taken for a mask", Path("a.png"), cure, "of a.jpg"),
+        Fault("taken for a mask", Path("b_mask.png"), cure, "of b.png"),
+    }
+    (tmp_path / "images").mkdir()
+    for path in [*tmp_path.glob("*.*")]:
+        path.rename(tmp_path / "images" / path.name)
+    assert len(find_pictures(tmp_path)[0]) == 4
+    assert find_pictures(tmp_path)[1] == []
 
 
 def test_pictures_in_the_folder_itself_go_before_a_folder_of_images(tmp_path: Path) -> None:
