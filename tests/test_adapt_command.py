@@ -266,6 +266,7 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
     Image.fromarray(image).convert("CMYK").save(query / "cmyk.jpg")
     Image.fromarray(image).convert("RGBA").save(query / "alpha.png")
     Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(query / "sixteen.png")
+    Image.fromarray(image).save(query / "3.png")
 
     said = command()
     found = record(place)
@@ -279,6 +280,7 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
         ("support", "turned.png", "mask of another size than its image"),
         ("query", "huge.png", "image of too many pixels"),
         ("query", "cut.jpg", "unreadable file"),
+        ("query", "3.png", "taken for a mask"),
     }
     for fault in found["faults"]:
         assert fault["cure"] in said
