@@ -1,11 +1,14 @@
 """The page in the browser: what a session does, what the command says, and the whole of it in a Chromium."""
 
 import io
+import signal
 import socket
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -20,7 +23,7 @@ from metaseg.app import __main__ as command
 from metaseg.app.session import VIEW, Session
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError
-from metaseg.initialisation import save_initialisation
+from metaseg.initialisation import read_about, save_initialisation
 from metaseg.metrics import iou
 from metaseg.models import EfficientLab
 from metaseg.practice import Initialisation
@@ -127,6 +130,64 @@ def test_erasing_all_of_a_label_takes_it_back(session: Session, files: list[Path
     assert picture.prediction is not None
 
 
+def test_an_erased_prediction_does_not_come_back_as_a_label(session: Session, files: list[Path]) -> None:
+    session.add(files)
+    session.label("a.png", box(40, 56))
+    session.adapt()
+    picture = session.pictures["b.png"]
+    picture.prediction = session.pictures["a.png"].label  # an object, whatever this θ would find
+    empty = np.zeros_like(session.open("b.png"))
+    assert session.paint("b.png", empty)
+    with pytest.raises(DataError, match=r"the mask of b\.png is empty: paint the object first"):
+        session.confirm("b.png")
+    assert picture.mask is None
+    assert masks_in(session.masks_zip()).keys() == {"a.png", "c.png"}
+    stroke = empty.copy()
+    stroke[-100:] = 1
+    session.paint("b.png", stroke)
+    assert picture.label is not None
+    assert not masks_in(session.masks_zip())["b.png"][:30].any()
+
+
+def test_an_erased_label_does_not_come_back_by_the_prediction(session: Session, files: list[Path]) -> None:
+    session.add(files)
+    session.label("a.png", box(40, 56))
+    session.adapt()
+    picture = session.pictures["a.png"]
+    before = picture.label
+    session.paint("a.png", np.zeros_like(session.open("a.png")))
+    picture.prediction = before  # as if it were found again
+    with pytest.raises(DataError, match="is empty: paint the object first"):
+        session.confirm("a.png")
+
+
+def test_strokes_on_a_mask_that_has_changed_since_are_all_that_is_taken(session: Session, files: list[Path]) -> None:
+    session.add(files)
+    session.label("a.png", box(40, 56))
+    session.adapt()
+    picture = session.pictures["b.png"]
+    picture.prediction = session.pictures["a.png"].label
+    shown = session.open("b.png")
+    session.adapt(steps=1)  # it predicts b.png anew, which the editor does not show yet
+    assert not session.paint("b.png", shown)
+    assert picture.label is None
+
+
+def test_a_thumbnail_is_made_once_a_mask(session: Session, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    session.add(files)
+    session.label("a.png", box(40, 56))
+    before = [small for small, _ in session.thumbnails()]
+    monkeypatch.setattr("metaseg.app.session._decoded", lambda mask: pytest.fail("a mask is read again"))
+    assert all(one is two for one, (two, _) in zip(before, session.thumbnails(), strict=True))
+    monkeypatch.undo()
+    session.pictures["b.png"].prediction = session.pictures["a.png"].label
+    predicted = session.thumbnails()[1][0]
+    session.confirm("b.png")
+    labelled = session.thumbnails()[1][0]
+    assert (before[1] != predicted).any()
+    assert (predicted != labelled).any()  # green instead of red
+
+
 @pytest.mark.parametrize("size", [(30, 64), (64, 30), (900, 1600)], ids=str)
 def test_a_mask_painted_on_the_view_has_the_images_own_size(
     session: Session, tmp_path: Path, size: tuple[int, int]
@@ -205,7 +266,11 @@ def test_the_adapted_model_can_be_taken_along(session: Session, files: list[Path
     session.add(files)
     session.label("a.png", box(40, 56))
     session.adapt()
-    loaded = metaseg.load(session.model(".safetensors"))
+    path = session.model(".safetensors")
+    assert session.adapted is not None
+    assert read_about(path) == session.adapted.about
+    assert (read_about(path).shots, read_about(path).image_size, read_about(path).tile) == (1, SIZE, False)
+    loaded = metaseg.load(path)
     image = np.asarray(Image.open(files[1]))
     np.testing.assert_array_equal(255 * loaded.predict(image), masks_in(session.masks_zip())["b.png"])
 
@@ -222,6 +287,19 @@ def test_the_adapted_model_as_onnx(session: Session, files: list[Path], monkeypa
         session.model(".onnx")
 
 
+def test_a_model_adapted_with_tiles_is_taken_along_with_them_or_not_at_all(session: Session, files: list[Path]) -> None:
+    session.add(files)
+    session.label("a.png", box(40, 56))
+    session.adapt(tile=True)
+    with pytest.raises(ConfigError, match=r"adapted with tiles.*download it as safetensors.*or adapt without tiles"):
+        session.model(".onnx")
+    assert read_about(session.model(".safetensors")).tile
+    np.testing.assert_array_equal(
+        255 * metaseg.load(session.model(".safetensors")).predict(np.asarray(Image.open(files[1]))),
+        masks_in(session.masks_zip())["b.png"],
+    )
+
+
 def test_sessions_share_nothing_but_the_initialisation(init: Initialisation, files: list[Path], tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in init.net.state_dict().items()}
     folders = [tmp_path / "1", tmp_path / "2"]
@@ -235,6 +313,75 @@ def test_sessions_share_nothing_but_the_initialisation(init: Initialisation, fil
     assert two.adapted is None
     assert not list(folders[1].iterdir())
     assert all(torch.equal(value, before[key]) for key, value in init.net.state_dict().items())
+
+
+# The editor
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    from metaseg.app import page
+
+    monkeypatch.setattr(page.gr, "Warning", lambda said, **_: pytest.fail(said))
+    return page
+
+
+def drawn(page: ModuleType, session: Session, name: str, painted: UInt8 | None = None) -> dict[str, Any]:
+    """The editor's value as the browser sends it, with a mask (h, w) of the image's view or the one that it has."""
+    mask = session.open(name) if painted is None else painted
+    layer = page._squared(np.stack([mask * 255] * 4, axis=-1), 0)
+    return {"background": page._squared(session.pictures[name].view, 255), "layers": [layer], "composite": None}
+
+
+def test_what_is_painted_on_one_image_is_never_anothers_label(
+    page: ModuleType, session: Session, files: list[Path]
+) -> None:
+    session.add(files)
+    value = drawn(page, session, "a.png", box(*session.layer("a.png").shape))
+    assert not page._keep(session, "b.png", value)
+    assert not page._keep(session, "gone.png", value)
+    assert session.pictures["b.png"].label is None
+    assert page._keep(session, "a.png", value)
+    assert not page._keep(session, "a.png", value)  # the same once more
+    assert session.pictures["a.png"].label is not None
+
+
+def test_an_adaptation_leaves_open_what_is_open_when_it_ends(
+    page: ModuleType, session: Session, files: list[Path]
+) -> None:
+    session.add(files)
+    painted = drawn(page, session, "a.png", box(*session.layer("a.png").shape))
+    _, said = page._adapt(session, "a.png", painted, 0, False, lambda *_, **__: None)
+    assert said.startswith("Adapted to 1 image")
+    name, _, editor, status = page._refresh(session, "b.png", drawn(page, session, "b.png"), said)
+    assert (name, editor.label, status) == ("b.png", "b.png", said)
+
+
+def test_every_event_that_sets_the_editor_says_of_which_image(
+    page: ModuleType, init: Initialisation, tmp_path: Path
+) -> None:
+    blocks = page.build(init, tmp_path)
+    opened = next(block for block in blocks.blocks.values() if isinstance(block, page.gr.Textbox))
+    editor = next(block for block in blocks.blocks.values() if isinstance(block, page.gr.ImageEditor))
+    events = list(blocks.fns.values())
+    for blocks_of in [event.inputs for event in events] + [event.outputs for event in events]:
+        assert (editor in blocks_of) == (opened in blocks_of)
+    assert sum(editor in event.outputs for event in events) == 3
+
+
+def test_an_erased_mask_cannot_be_used(
+    page: ModuleType, session: Session, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(page.gr, "Warning", lambda said, **_: warned.append(said))
+    session.add(files)
+    session.label("b.png", box(40, 56))
+    session.pictures["a.png"].prediction = session.pictures["b.png"].label
+    page._use(session, "a.png", drawn(page, session, "a.png", np.zeros_like(session.layer("a.png"))))
+    assert warned == ["the mask of a.png is empty: paint the object first"]
+    assert session.pictures["a.png"].mask is None
 
 
 # The command
@@ -275,6 +422,31 @@ def test_a_port_that_is_taken_is_named_with_another(theta: Path, monkeypatch: py
             SystemExit, match=rf"^metaseg: nothing can be served at 127\.0\.0\.1:{port}, .*--port {port + 1}"
         ):
             command.main(["--init", str(theta), "--port", str(port)])
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_port_that_cannot_be_is_named(theta: Path, port: int) -> None:
+    with pytest.raises(SystemExit, match=rf"^metaseg: --port {port}: ports are 1 … 65535"):
+        command.main(["--init", str(theta), "--port", str(port)])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_the_end_of_the_process_or_of_its_terminal_is_an_interrupt(name: str) -> None:
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, getattr(signal, name))}
+    try:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+        command.interruptible()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(getattr(signal, name))
+        signal.raise_signal(getattr(signal, name))  # a second one interrupts no more
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+        command.interruptible()  # under nohup
+        assert signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 # The whole of it, in a browser

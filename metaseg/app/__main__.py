@@ -15,6 +15,22 @@ from pathlib import Path
 from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.practice import Initialisation, load
 
+LAST_PORT = 65_535
+
+
+def interruptible() -> None:
+    """Let the end of the process, or of its terminal, interrupt it as Ctrl-C does: at once, it leaves files behind."""
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+    def interrupt(*_: object) -> None:
+        for number in ending:  # a terminal may send more than one: the removing of files is not to be interrupted
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in ending:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+
 
 def serve(init: Initialisation, host: str, port: int) -> None:
     """Serve the page until the process is interrupted or terminated; what visitors have left is removed then.
@@ -22,7 +38,7 @@ def serve(init: Initialisation, host: str, port: int) -> None:
     Raises:
         ConfigError: if Gradio is missing, or the port cannot be had.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it would leave the folder behind
+    interruptible()
     with tempfile.TemporaryDirectory(prefix="metaseg-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # read at the import; Gradio serves what is in it
         try:
@@ -47,8 +63,9 @@ def serve(init: Initialisation, host: str, port: int) -> None:
                 css=page.CSS,
             )
         except OSError as error:
+            other = port + 1 if port < LAST_PORT else port - 1
             raise ConfigError(
-                f"nothing can be served at {host}:{port}, which may be taken: choose another port, --port {port + 1}"
+                f"nothing can be served at {host}:{port}, which may be taken: choose another port, --port {other}"
             ) from error
         print(f"http://{host}:{port} is the page; Ctrl-C ends it", flush=True)
         try:
@@ -76,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     try:
+        if not 1 <= arguments.port <= LAST_PORT:
+            raise ConfigError(f"--port {arguments.port}: ports are 1 … {LAST_PORT}; without --port it is 7860")
         init = load(arguments.init)
         if "_target_" not in init.about.update:
             raise WeightsError(

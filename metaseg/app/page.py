@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from metaseg.app.session import VIEW, Session
 from metaseg.data.faults import fault_lines
@@ -24,6 +25,7 @@ import gradio as gr
 PAINT, OPACITY = (224, 0, 224), 0.6  # few objects are magenta
 BRUSH = 16  # radius, in pixels of the view
 DAY = 86_400  # seconds after which Gradio's copies of uploads are removed; sessions have their own
+ALIKE = 2  # levels of 255 that a browser may render an image off
 HEIGHT = 490  # of the gallery and the editor, in pixels of the screen
 STEPS = {"steps as recommended": 0} | {f"{n} steps": n for n in (10, 20, 50, 100, 200)}
 DOWNLOADS = {".zip": "Masks", ".onnx": "Model, ONNX", ".safetensors": "Model, safetensors"}
@@ -55,7 +57,10 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
     page = gr.Blocks(title="metaseg", analytics_enabled=False, fill_width=True, delete_cache=(3600, DAY))
     with page:
         session = gr.State(None, delete_callback=_close)
-        opened = gr.State(None)  # the name of the image in the editor
+        # the image in the editor: a component, so that the browser sends its name and what is drawn on it together,
+        # as they were when a button was pressed; whatever sets one of them sets the other, too
+        opened = gr.Textbox(visible="hidden")
+        said = gr.State("")
         gr.Markdown("**metaseg**: paint an object on a few images, and get its mask on all the others.")
         with gr.Row():
             with gr.Column(scale=5):
@@ -115,14 +120,15 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
         upload.upload(partial(_add, init, folder), [upload, *painting], [session, *shown], **hidden)
         gallery.select(_open, painting, shown, show_progress="hidden", **hidden)
         use.click(_use, painting, gallery, show_progress="hidden", **hidden)
-        adapt.click(
+        adapted = adapt.click(
             _adapt,
             [*painting, steps, tile],
-            [gallery, editor, status],
+            [gallery, said],
             show_progress_on=status,
             concurrency_limit=1,
             **hidden,
         )
+        adapted.then(_refresh, [*painting, said], [*shown, status], show_progress="hidden", **hidden)
         for suffix, button in makers.items():
             ready = button.click(partial(_make, suffix), painting, made, show_progress_on=button, **hidden)
             ready.success(None, made, js=FETCH, **hidden)
@@ -142,10 +148,10 @@ def _add(
     faults = session.add([Path(file) for file in files])
     if faults:
         _warn(["These files are left out:", *fault_lines(faults)])
-    if opened is None and session.pictures:
-        opened = next(iter(session.pictures))
-        return session, opened, session.thumbnails(), _editor(session, opened)
-    return session, opened, session.thumbnails(), gr.skip()
+    if not opened and session.pictures:
+        first = next(iter(session.pictures))
+        return session, first, session.thumbnails(), _editor(session, first)
+    return session, gr.skip(), session.thumbnails(), gr.skip()
 
 
 def _open(session: Session, opened: str | None, drawn: Drawn, event: gr.SelectData) -> Any:
@@ -157,9 +163,12 @@ def _open(session: Session, opened: str | None, drawn: Drawn, event: gr.SelectDa
 
 
 def _use(session: Session | None, opened: str | None, drawn: Drawn) -> Any:
-    if session is None or opened is None:
+    if session is None or not opened:
         return _warn(["Add images first."])
-    _keep(session, opened, drawn)
+    painted = _painted(session, opened, drawn)
+    if painted is None:
+        return _warn([f"{opened} is still being opened: wait until the editor shows it"])
+    session.paint(opened, painted)
     try:
         session.confirm(opened)
     except UserError as error:
@@ -175,15 +184,24 @@ def _adapt(
     tile: bool,
     progress: gr.Progress = gr.Progress(),  # noqa: B008  # how Gradio passes it
 ) -> Any:
-    if session is None or opened is None:
-        return _warn(["Add images first."])
+    if session is None or not opened:
+        _warn(["Add images first."])
+        return gr.skip(), ""
     _keep(session, opened, drawn)
     try:
         said = session.adapt(steps=steps or None, tile=tile, tell=lambda done, doing: progress(done, desc=doing))
     except UserError as error:
         _warn([str(error)])
-        return session.thumbnails(), gr.skip(), gr.skip()
-    return session.thumbnails(), _editor(session, opened), said
+        said = ""
+    return session.thumbnails(), said
+
+
+def _refresh(session: Session | None, opened: str | None, drawn: Drawn, said: str) -> Any:
+    """Show the new mask of the image that is open after an adaptation, whichever it is by then."""
+    if session is None or not opened or not said:
+        return gr.skip()
+    changed = _keep(session, opened, drawn)
+    return opened, session.thumbnails() if changed else gr.skip(), _editor(session, opened), said
 
 
 def _make(suffix: str, session: Session | None, opened: str | None, drawn: Drawn) -> str:
@@ -204,22 +222,45 @@ def _warn(lines: Sequence[str]) -> Any:
 
 def _keep(session: Session, opened: str | None, drawn: Drawn) -> bool:
     """Take what was painted on the open image; nobody has to save it. Whether anything was."""
-    if opened is None or drawn is None or drawn["background"] is None:
-        return False
+    painted = _painted(session, opened, drawn)
+    return opened is not None and painted is not None and session.paint(opened, painted)
+
+
+def _painted(session: Session, opened: str | None, drawn: Drawn) -> UInt8 | None:
+    """What is painted on the open image, (h, w) of its view, {0, 1}; None if the editor does not show that image."""
+    if drawn is None or drawn["background"] is None or not drawn["layers"]:
+        return None
+    if opened not in session.pictures or not _shows(session, opened, drawn["background"]):
+        return None
     height, width = session.pictures[opened].view.shape[:2]
     painted = np.zeros((VIEW, VIEW), np.uint8)
     for layer in drawn["layers"]:
         opaque = (layer[..., 3] > 255 * OPACITY / 2).astype(np.uint8)
         painted |= cv2.resize(opaque, (VIEW, VIEW), interpolation=cv2.INTER_NEAREST)
     top, left = (VIEW - height) // 2, (VIEW - width) // 2
-    return session.paint(opened, painted[top : top + height, left : left + width])
+    return painted[top : top + height, left : left + width]
+
+
+def _shows(session: Session, name: str, background: UInt8) -> bool:
+    """Whether it is this image that the editor shows: for a moment it has an image's name, and still the last one."""
+
+    def small(picture: UInt8) -> NDArray[np.float32]:
+        return cv2.resize(picture[..., :3], (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
+
+    seen = small(background)
+
+    def off(name: str) -> float:
+        return float(np.abs(seen - small(_squared(session.pictures[name].view, 255))).mean())
+
+    own = off(name)
+    return own <= ALIKE or all(own <= off(other) for other in session.pictures)
 
 
 def _editor(session: Session, name: str) -> Any:
     """The editor with an image and its mask. On a square: the editor would displace a layer of any other shape."""
     view = session.pictures[name].view
     paint = np.zeros((*view.shape[:2], 4), np.uint8)
-    paint[session.layer(name) == 1] = (*PAINT, round(255 * OPACITY))
+    paint[session.open(name) == 1] = (*PAINT, round(255 * OPACITY))
     value: Any = {"background": _squared(view, 255), "layers": [_squared(paint, 0)], "composite": None}
     return gr.ImageEditor(value, label=name)
 

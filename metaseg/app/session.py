@@ -14,7 +14,7 @@ from PIL import Image
 
 from metaseg.data.faults import Fault
 from metaseg.data.source import UInt8
-from metaseg.errors import DataError
+from metaseg.errors import ConfigError, DataError
 from metaseg.export import export
 from metaseg.pictures import PREDICTION, TRUTH, PictureError, overlay, read_picture
 from metaseg.practice import Adapted, Initialisation, Progress
@@ -35,7 +35,10 @@ class Picture:
         size: height and width.
         view: the image (h, w, 3), enlarged or shrunk so that it can be painted on.
         label: the mask that a person has painted or confirmed, as PNG of the image's own size, 0 and 255.
-        prediction: the mask that the adapted model gives, likewise.
+        prediction: the mask that the adapted model gives, likewise; None once a person has erased it.
+        shown: what the editor shows of a mask, as PNG of the view's size; None if the image has not been opened.
+        stands_for: the mask, as PNG of the image's own size, that `shown` is a view of; None if there is none.
+        small: the thumbnail, and of what: the mask, and whether it is a label.
     """
 
     file: Path
@@ -43,6 +46,9 @@ class Picture:
     view: UInt8
     label: bytes | None = None
     prediction: bytes | None = None
+    shown: bytes | None = None
+    stands_for: bytes | None = None
+    small: tuple[UInt8, tuple[bytes | None, bool]] | None = None
 
     @property
     def mask(self) -> bytes | None:
@@ -90,41 +96,59 @@ class Session:
         size = picture.view.shape[:2]
         return np.zeros(size, np.uint8) if picture.mask is None else _resized(_decoded(picture.mask), size)
 
+    def open(self, name: str) -> UInt8:
+        """`layer`, for an editor to show: until it is opened again, `paint` and `confirm` go by what is shown there."""
+        picture, layer = self.pictures[name], self.layer(name)
+        picture.shown, picture.stands_for = _encoded(layer), picture.mask
+        return layer
+
     def paint(self, name: str, painted: UInt8) -> bool:
-        """Take a painted mask as the image's label, if it is not just what `layer` gave; returns whether it is not.
+        """Take a painted mask as the image's label, if it is not just what the editor was given; returns whether.
 
         Only what was changed is taken from it: elsewhere the mask that was there keeps its own, finer pixels. Where
-        nothing is left of the object, the image has no label any more.
+        nothing is left of the object, the image has no label any more, and a prediction that was erased is gone.
 
         Args:
             name: of the image.
             painted: the object, shape (h, w) of its view, {0, 1}.
         """
         picture = self.pictures[name]
-        changed = (painted != self.layer(name)).astype(np.uint8)
+        shown = self.open(name) if picture.shown is None else _decoded(picture.shown)
+        changed = (painted != shown).astype(np.uint8)
         if not changed.any():
             return False
-        before = np.zeros(picture.size, np.uint8) if picture.mask is None else _decoded(picture.mask)
+        before = np.zeros(picture.size, np.uint8) if picture.stands_for is None else _decoded(picture.stands_for)
         touched = _resized(changed, picture.size, least=0)
-        self.label(name, np.where(touched == 1, _resized(painted, picture.size), before))
+        if painted.any():
+            mask = np.where(touched == 1, _resized(painted, picture.size), before)
+        else:
+            mask = np.zeros(picture.size, np.uint8)  # also of what the view cannot show
+        if picture.label is None and not mask.any():
+            picture.prediction = None
+        else:
+            self.label(name, mask)
+        picture.shown, picture.stands_for = _encoded(painted), picture.label
         return True
 
     def label(self, name: str, mask: UInt8) -> None:
         """Set the image's label: shape (h, w) of the image itself, {0, 1}; an empty one takes it back."""
-        self.pictures[name].label = _encoded(mask) if mask.any() else None
+        picture = self.pictures[name]
+        picture.label = _encoded(mask) if mask.any() else None
+        picture.shown = picture.stands_for = None
         if not mask.any():
             self._predict(name)
 
     def confirm(self, name: str) -> None:
-        """Make the mask that the image has, the predicted one, too, its label.
+        """Make the mask that the editor shows, or else the one that the image has, its label: a prediction, too.
 
         Raises:
-            DataError: if there is none, or nothing in it.
+            DataError: if there is none, or nothing in it, as where it was erased.
         """
-        mask = self.pictures[name].mask
+        picture = self.pictures[name]
+        mask = picture.mask if picture.shown is None else picture.stands_for
         if mask is None or not _decoded(mask).any():
             raise DataError(f"the mask of {name} is empty: paint the object first")
-        self.pictures[name].label = mask
+        picture.label = mask
 
     def adapt(self, *, steps: int | None = None, tile: bool = False, tell: Tell | None = None) -> str:
         """Adapt the initialisation to all labelled images, and predict all others.
@@ -194,13 +218,19 @@ class Session:
 
         Raises:
             DataError: if there is none yet.
-            ConfigError: if the packages are missing that ONNX takes.
+            ConfigError: as ONNX, if it was adapted with tiles, or if the packages are missing that it takes.
         """
         if self.adapted is None:
             raise DataError("there is no adapted model yet: paint the object on an image, and adapt")
         path = self.folder / f"adapted{suffix}"
         if suffix == ".safetensors":
             self.adapted.save(path)
+        elif self.adapted.about.tile:
+            raise ConfigError(
+                "the model was adapted with tiles, but as ONNX it would see each image whole, shrunk to "
+                f"{self.adapted.image_size} pixels: download it as safetensors, which keeps the tiles "
+                "(python -m metaseg.adapt init=adapted.safetensors query=… out=…), or adapt without tiles for ONNX"
+            )
         else:
             export(self.adapted.net, self.adapted.image_size, path)
         return path
@@ -249,10 +279,15 @@ def _decoded(mask: bytes) -> UInt8:
 
 
 def _thumbnail(picture: Picture) -> UInt8:
+    of = picture.mask, picture.label is not None
+    if picture.small is not None and picture.small[1] == of:
+        return picture.small[0]
     small = _fitted(picture.view, THUMBNAIL)
-    if picture.mask is None:
-        return small
-    return overlay(small, _resized(_decoded(picture.mask), small.shape[:2]), TRUTH if picture.label else PREDICTION)
+    if picture.mask is not None:
+        mask = _resized(_decoded(picture.mask), small.shape[:2])
+        small = overlay(small, mask, TRUTH if picture.label else PREDICTION)
+    picture.small = small, of
+    return small
 
 
 def _state(picture: Picture) -> str:
