@@ -173,7 +173,7 @@ class Session:
         for name, picture in labelled:
             assert picture.label is not None
             try:
-                views += self.init.views(read_picture(picture.file), _decoded(picture.label), tile=tile)
+                views.append(self.init.views(read_picture(picture.file), _decoded(picture.label), tile=tile))
             except PictureError as error:
                 side = self.init.image_size
                 cure = "paint all of it, or use tiles" if not tile else "paint all of it"
