@@ -4,7 +4,8 @@
     python experiments/five_images.py --init RUN/init.safetensors --tasks 12 --out experiments/five_images
 
 The same images go through `evaluate` and, as files, through `python -m metaseg.adapt`: the command must reach the IoU
-that evaluate reports. They draw other mini-batches, so single tasks differ, and the mean over tasks tells. Drawn
+that evaluate reports. They draw other mini-batches, so single tasks differ, and the mean over tasks tells; each has
+a seed of its own, for one seed's draws may be lucky or not, and all tasks would share that. Drawn
 (shell.png, python.png, onnx.png) is the task that is nearest to the median by evaluate's IoU.
 """
 
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / str(i) for i in range(len(episodes))]
         table = [
-            {"task": score.task, "evaluate": score.iou, **by_shell(init, episode, place)}
-            for score, episode, place in zip(scores, episodes, places, strict=True)
+            {"task": score.task, "evaluate": score.iou, **by_shell(init, episode, place, seed)}
+            for seed, (score, episode, place) in enumerate(zip(scores, episodes, places, strict=True))
         ]
         middle = median([row["evaluate"] for row in table])
         write_csv(table, args.out / "five_images.csv")
@@ -95,7 +96,7 @@ def episodes_for(init: Path, tasks: int) -> EvaluationEpisodes:
     return EvaluationEpisodes(source, "test", names, update, shots=SHOTS, queries=QUERIES, draws=1, seed=0)
 
 
-def by_shell(init: Path, episode: Episode, place: Path) -> Row:
+def by_shell(init: Path, episode: Episode, place: Path, seed: int) -> Row:
     """The IoU that `python -m metaseg.adapt` reaches on an episode's images as files, and the seconds that it took."""
     (labelled, labels), (photos, truth) = episode.support.numpy(), episode.query.numpy()
     for name in ("labelled", "photos"):
@@ -105,7 +106,7 @@ def by_shell(init: Path, episode: Episode, place: Path) -> Row:
         Image.fromarray(mask * np.uint8(255)).save(place / "labelled" / f"{i:02}_mask.png")
     for i, image in enumerate(photos):
         Image.fromarray(image).save(place / "photos" / f"{i:02}.png")
-    words = [f"init={init}", f"support={place}/labelled", f"query={place}/photos", f"out={place}/masks", "device=cpu"]
+    words = [f"init={init}", f"support={place}/labelled", f"query={place}/photos", f"out={place}/masks", f"seed={seed}"]
     started = time.perf_counter()
     adapt_in_shell(words)
     seconds = time.perf_counter() - started

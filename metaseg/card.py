@@ -101,7 +101,7 @@ def _what(about: About, results: dict[str, Any] | None) -> str:
         title = f"{about.algo} on {about.dataset}: an initialisation for few-shot segmentation"
         purpose = "To be adapted to a new kind of object from a few labelled images."
     else:
-        title = f"A segmentation network adapted from {about.shots} labelled images"
+        title = f"A segmentation network adapted from {about.shots} labelled image{'s' * (about.shots > 1)}"
         purpose = "The facts below are of the initialisation that it was adapted from."
     table = "\n".join(f"| {name} | {value} |" for name, value in _facts(about, results).items())
     return f"# {title}\n\n{purpose}\n\n| | |\n| --- | --- |\n{table}"
@@ -164,7 +164,9 @@ def _update(about: About) -> str:
 def _limits(about: About, results: dict[str, Any] | None) -> str:
     limits = [
         "One kind of object at a time: each pixel is object or background.",
-        "Images are squashed to a square, whatever their proportions.",
+        "It predicts in windows of its image size, at the images' own scale."
+        if about.tile
+        else "Images are squashed to a square, whatever their proportions.",
     ]
     if about.meta_steps:
         known = _known(about.dataset)

@@ -181,8 +181,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     path, out = arguments.path, arguments.out
     try:
         init = load(path, image_size=arguments.image_size, device="cpu")
+        if init.about.tile:
+            raise ConfigError(
+                f"{path} predicts in tiles, which the graph would not: it sees an image as a whole. Use it with "
+                f"python -m metaseg.adapt init={path} query=…, or adapt again without tile"
+            )
         export(init.net, init.image_size, out)
-        card = write_card(path, out.with_suffix(".md"))
+        card = write_card(path, out.with_suffix(".card.md"))
     except UserError as error:
         sys.exit(f"metaseg: {error}")
     print(f"{out}, images of {init.image_size}² inside; its card: {card}")

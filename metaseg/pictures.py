@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from metaseg.data.faults import STRAY, Fault
+from metaseg.data.faults import STRAY, Fault, first
 from metaseg.data.folder import natural
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError
@@ -79,9 +79,10 @@ class Labelled(NamedTuple):
             check_sizes(size, (mask.shape[0], mask.shape[1]))
             return image, mask
         check_sizes(size, self.mask.size or size)  # before any memory is taken at the size that a file claims
-        return image, np.any([np.zeros(size, bool), *(fill(o, *size) for o in self.mask.outlines)], axis=0).astype(
-            np.uint8
-        )
+        filled = np.zeros(size, bool)
+        for outline in self.mask.outlines:
+            _fill_in(filled, outline)
+        return image, filled.astype(np.uint8)
 
 
 def read_picture(path: Path) -> UInt8:
@@ -170,13 +171,9 @@ def fill(outline: NDArray[np.float64], height: int, width: int) -> NDArray[np.bo
 
     The drawing functions of OpenCV and Pillow would count the pixels that the outline touches, too.
     """
-    toggles = np.zeros((height, width + 1), bool)
-    for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
-        low, high = (int(np.clip(np.ceil(y - 0.5), 0, height)) for y in sorted((y0, y1)))
-        rows = np.arange(low, high)  # whose centres the edge passes
-        at = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0) if len(rows) else rows
-        toggles[rows, np.clip(np.ceil(at - 0.5), 0, width).astype(int)] ^= True
-    return np.logical_xor.accumulate(toggles, axis=1)[:, :-1]
+    filled = np.zeros((height, width), bool)
+    _fill_in(filled, outline)
+    return filled
 
 
 def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int]) -> UInt8:
@@ -190,7 +187,9 @@ def overlay(image: UInt8, mask: NDArray[np.integer], colour: tuple[int, int, int
 
 
 def find_pictures(place: Path) -> tuple[list[Path], list[Fault]]:
-    """The image at `place`, or those in that folder or its `images/`, in natural order, without masks beside them.
+    """The image at `place`, or those in that folder or its `images/`, in natural order, and the faults of what else.
+
+    What is named as the mask of an image beside it (see `find_labelled`) is taken for one, and is such a fault.
 
     Raises:
         DataError: if there is no such place.
@@ -198,7 +197,14 @@ def find_pictures(place: Path) -> tuple[list[Path], list[Fault]]:
     if place.is_file():
         return [place], []
     files = _scan(place)
-    return files.images, files.faults
+    owners = {image.stem: image for image in reversed(files.images)}  # the first of a stem
+    cure = "rename it, or put all images into images/"
+    taken = [
+        Fault("taken for a mask", mask.relative_to(place), cure, f"of {owners[stem].name}")
+        for stem, mask in files.masks.items()
+        if mask.parent == owners[stem].parent
+    ]
+    return files.images, files.faults + taken
 
 
 def find_labelled(folder: Path, category: str | None = None) -> tuple[list[Labelled], list[Fault]]:
@@ -207,6 +213,9 @@ def find_labelled(folder: Path, category: str | None = None) -> tuple[list[Label
     Masks are `name.png` beside `name.jpg` (or any other suffix), `name_mask.png` beside `name.png`; or the files of
     one stem in `masks/` with their images in `images/`; or polygons in a COCO JSON or labelme JSONs in the folder, its
     `images/` or its `annotations/`. A mask file goes before polygons.
+
+    An annotation that cannot be used, such as a box or a circle, costs its image, if it is of the category that is the
+    object or of none; one of an image that its COCO file does not list is a fault that costs nothing else.
 
     Args:
         folder: where they are.
@@ -345,17 +354,42 @@ def _eight_bits(values: NDArray[Any]) -> UInt8:
     return np.asarray(np.rint(values * (255 / full))).astype(np.uint8)
 
 
+def _fill_in(mask: NDArray[np.bool_], outline: NDArray[np.float64]) -> None:
+    """Set what `fill` says in a mask (height, width), at the cost of the outline's own rows and columns alone."""
+    if not len(outline):
+        return
+    most = mask.shape[1], mask.shape[0]
+    corners = np.stack([outline.min(axis=0), outline.max(axis=0)])
+    (left, top), (right, bottom) = np.clip(np.ceil(corners - 0.5), 0, most).astype(int).tolist()
+    toggles = np.zeros((bottom - top, right - left + 1), bool)
+    for (x0, y0), (x1, y1) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
+        low, high = (int(np.clip(np.ceil(y - 0.5), top, bottom)) for y in sorted((y0, y1)))
+        rows = np.arange(low, high)  # whose centres the edge passes
+        at = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0) if len(rows) else rows
+        toggles[rows - top, np.clip(np.ceil(at - 0.5), left, right).astype(int) - left] ^= True
+    mask[top:bottom, left:right] |= np.logical_xor.accumulate(toggles, axis=1)[:, :-1]
+
+
 def _on_white(image: Image.Image) -> UInt8:
     """What an RGBA image looks like on white, (h, w, 3)."""
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
-class _Drawn(NamedTuple):
-    """The polygons of one image by their category, the size of what they were drawn on, and why they can't be used."""
+# An outline or why it cannot be used, and its category, None if that is unknown.
+_Shape: TypeAlias = tuple[str | None, NDArray[np.float64] | PictureError]
 
-    shapes: list[tuple[str, NDArray[np.float64]]]
+
+class _Drawn(NamedTuple):
+    """What is drawn on one image, and the size of what it was drawn on."""
+
+    shapes: list[_Shape]
     size: tuple[int, int] | None
-    error: PictureError | None = None
+
+    def of(self, category: str | None) -> Polygons | PictureError:
+        """The polygons of a category, of all for None; or the first error among these and those of unknown category."""
+        chosen = [shape for name, shape in self.shapes if category is None or name in (None, category)]
+        errors = [shape for shape in chosen if isinstance(shape, PictureError)]
+        return errors[0] if errors else Polygons([o for o in chosen if not isinstance(o, PictureError)], self.size)
 
 
 def _read_drawings(
@@ -368,49 +402,64 @@ def _read_drawings(
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, dict) and "annotations" in content and "images" in content:
-                drawn |= _read_coco(content)
+                drawn |= _read_coco(content, place, faults)
             elif isinstance(content, dict) and "shapes" in content:
                 drawn |= _read_labelme(content, path)
             else:
                 faults.append(Fault(STRAY, place, "nothing to do; it is neither COCO's nor labelme's and ignored"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             cure = "export it again as COCO or labelme JSON"
             faults.append(Fault("unreadable file", place, cure, f"{type(error).__name__}: {error}"))
-    names = sorted({name for one in drawn.values() for name, _ in one.shapes})
+    names = sorted({name for one in drawn.values() for name, _ in one.shapes if name is not None})
     if (category is None and len(names) > 1) or (category is not None and names and category not in names):
         said = f"category={category} is none of the polygons'" if category else "the polygons have several categories"
         raise ConfigError(f"{said}: choose one of these as the object, category=…: {', '.join(names)}")
-    return {
-        image: one.error or Polygons([outline for name, outline in one.shapes if category in (None, name)], one.size)
-        for image, one in drawn.items()
-    }
+    return {image: one.of(category) for image, one in drawn.items()}
 
 
-def _read_coco(content: Mapping[str, Any]) -> dict[str, _Drawn]:
+def _read_coco(content: Mapping[str, Any], place: Path, faults: list[Fault]) -> dict[str, _Drawn]:
     names = {one["id"]: str(one["name"]) for one in content.get("categories", ())}
     drawn = {one["id"]: _Drawn([], _size(one.get("height"), one.get("width"))) for one in content["images"]}
+    unlisted: dict[str, None] = {}  # each once, in their order
     for one in content["annotations"]:
-        on = drawn[one["image_id"]]
-        if not isinstance(one["segmentation"], list):
-            error = PictureError("run-length annotation", "export it as polygons, or the masks as PNG files")
-            drawn[one["image_id"]] = on._replace(error=error)
-            continue
-        name = names.get(one["category_id"], str(one["category_id"]))
-        on.shapes.extend((name, _outline(np.reshape(flat, (-1, 2)))) for flat in one["segmentation"])
+        image = one.get("image_id") if isinstance(one, dict) else None
+        if isinstance(image, int | float | str) and image in drawn:
+            drawn[image].shapes.extend(_coco_shapes(one, names))
+        else:
+            unlisted[f"image_id {image}"] = None
+    if unlisted:
+        cure = "list the image in the file, or take the annotation out"
+        faults.append(Fault("annotation of an image that its file does not list", place, cure, first([*unlisted])))
     return {Path(one["file_name"]).name: drawn[one["id"]] for one in content["images"]}
+
+
+def _coco_shapes(annotation: Mapping[str, Any], names: Mapping[Any, str]) -> list[_Shape]:
+    name, outlines = None, annotation.get("segmentation")
+    try:
+        name = names.get(annotation["category_id"], str(annotation["category_id"]))
+        cure = "export it as polygons, or the masks as PNG files"
+        if not outlines or outlines == [[]]:
+            return [(name, PictureError("annotation without an outline", cure))]
+        if not isinstance(outlines, list):
+            return [(name, PictureError("run-length annotation", cure))]
+        return [(name, _outline(np.reshape(flat, (-1, 2)))) for flat in outlines]
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        cure = "export it again, as polygons with a category"
+        return [(name, PictureError("broken annotation", cure, f"{type(error).__name__}: {error}"))]
 
 
 def _read_labelme(content: Mapping[str, Any], path: Path) -> dict[str, _Drawn]:
     drawn = _Drawn([], _size(content.get("imageHeight"), content.get("imageWidth")))
     for shape in content["shapes"]:
-        kind, points = shape.get("shape_type") or "polygon", _outline(shape["points"])
+        kind, label = shape.get("shape_type") or "polygon", str(shape["label"])
         if kind == "rectangle":
-            (x0, y0), (x1, y1) = points
-            points = _outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-        elif kind != "polygon":
+            (x0, y0), (x1, y1) = _outline(shape["points"])
+            drawn.shapes.append((label, _outline([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])))
+        elif kind == "polygon":
+            drawn.shapes.append((label, _outline(shape["points"])))
+        else:
             error = PictureError("shape that is no polygon", "draw it as a polygon or a rectangle", str(kind))
-            drawn = drawn._replace(error=error)
-        drawn.shapes.append((str(shape["label"]), points))
+            drawn.shapes.append((label, error))
     # its own path may be of another machine, a Windows one too
     return {str(content.get("imagePath") or f"{path.stem}.jpg").replace("\\", "/").rpartition("/")[2]: drawn}
 

@@ -32,7 +32,7 @@ from metaseg.metrics import iou
 from metaseg.pictures import PictureError, Pixels, as_mask, as_picture, check_sizes
 from metaseg.seeding import derive_seed, generator
 from metaseg.ship import shipped
-from metaseg.update import Update
+from metaseg.update import EarlyStopping, Update
 
 EMOJI_SIZE = 64  # of initialisations from before their files said so
 MANY_SHOTS = 10  # from which on a share of the support can be held out to choose the number of steps, as in the paper
@@ -93,8 +93,8 @@ class Initialisation:
                 of them, with their `_target_`. From `MANY_SHOTS` shots on, unless `steps` or `stopping` is given or
                 recommended otherwise, the steps are chosen on a fifth of them, held out (`MANY_SHOT_UPDATE`). The
                 batch-norm policy `batch` is taken as `support`, for images come one at a time.
-            tile: learn from the images' own pixels, as `predict` does with `tile`: all windows with some of the object
-                are shots, and as many of the others.
+            tile: learn from the images' own pixels, as `predict` does with `tile`: from all windows with some of the
+                object, and as many of the others. Shots are images all the same, and whole ones are held out.
             seed: of mini-batches, augmentation and dropout.
             progress: called after each step.
 
@@ -102,8 +102,8 @@ class Initialisation:
             DataError: if an image or a mask cannot be used, naming it by its position.
             ConfigError: if ω cannot work.
         """
-        views = [view for group in self._groups(images, masks, tile) for view in group]
-        return self.adapt_to(views, update=update, tile=tile, seed=seed, progress=progress)
+        groups = self._groups(images, masks, tile)
+        return self.adapt_to(groups, update=update, tile=tile, seed=seed, progress=progress)
 
     def leave_one_out(
         self,
@@ -127,10 +127,14 @@ class Initialisation:
         groups = self._groups(images, masks, tile)
         if len(groups) < 2:
             raise DataError("leaving one out needs two labelled images: add some, or do without the estimate")
+        chosen = self.omega(update, len(groups))  # as for all of them, though each adaptation has one fewer
+        if chosen.get("stopping") is not None:
+            least = chosen["stopping"].get("least", EarlyStopping.least)
+            chosen["stopping"] = {**chosen["stopping"], "least": max(2, min(least, len(groups) - 1))}
         ious = []
         for i, image, mask in zip(range(len(groups)), images, masks, strict=True):
-            others = [view for j, group in enumerate(groups) if j != i for view in group]
-            adapted = self.adapt_to(others, update=update, tile=tile, seed=seed, progress=progress)
+            others = groups[:i] + groups[i + 1 :]
+            adapted = self.adapt_to(others, update=chosen, tile=tile, seed=seed, progress=progress)
             prediction, truth = adapted.predict(image, flips=flips), as_mask(mask)
             ious.append(float(iou((prediction & truth).sum(), (prediction | truth).sum())))
         return ious
@@ -216,26 +220,27 @@ class Initialisation:
 
     def adapt_to(
         self,
-        views: Sequence[View],
+        images: Sequence[Sequence[View]],
         *,
         update: Mapping[str, Any] | None = None,
         tile: bool = False,
         seed: int = 0,
         progress: Callable[[Progress], None] | None = None,
     ) -> "Adapted":
-        """`adapt`, to what `views` gave, with `tile` or not: the inner loop that everything here goes through.
+        """`adapt`, to what `views` gave of each image, with `tile` or not: the one inner loop of everything here.
 
         Raises:
             DataError: if there are none.
             ConfigError: if ω cannot work.
         """
-        if not views:
+        if not images:
             raise DataError("no labelled image to adapt to: give at least one")
         started = time.perf_counter()
-        config = self.omega(update, len(views))
-        procedure = make_update(OmegaConf.create(config))
-        order = generator(seed, "order").permutation(len(views))  # or early stopping would hold out the last ones
-        support = Batch.from_numpy(*(np.stack([views[i][part] for i in order]) for part in (0, 1)))
+        config = self.omega(update, len(images))
+        order = generator(seed, "order").permutation(len(images))  # or early stopping would hold out the last ones
+        views = [view for i in order for view in images[i]]
+        procedure = _holding_out_whole(make_update(OmegaConf.create(config)), [len(images[i]) for i in order])
+        support = Batch.from_numpy(*(np.stack([view[part] for view in views]) for part in (0, 1)))
         episode = Episode("support", derive_seed(seed, "adapt"), support, support[:0])
         episode = procedure.prepare(episode, seed, "adapt").to(_device(self.net))
         adapt = _adapter(self.net, procedure)
@@ -257,7 +262,7 @@ class Initialisation:
         # memory of its own, laid out as a file's: what an engine has made are views of one vector
         net = copy.deepcopy(self.net).to(memory_format=torch.contiguous_format)
         net.load_state_dict(adapt.network(episode.support).state_dict())
-        about = replace(self.about, update=config, shots=len(views), tile=tile)
+        about = replace(self.about, update=config, shots=len(images), tile=tile)
         return Adapted(net, about, self.image_size, losses, held_out, time.perf_counter() - started)
 
     def _forward(self, squares: UInt8, flips: bool) -> NDArray[np.float32]:
@@ -377,7 +382,7 @@ def _chosen(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # meta, for one, holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device} cannot be used here ({str(error).splitlines()[0]}): choose cpu") from error
     return torch.device(device)
@@ -393,6 +398,23 @@ def _adapter(net: nn.Module, update: Update) -> Adapter:
     except ConfigError:
         return Reference(net, update)
     return Fast(net, update)
+
+
+def _holding_out_whole(update: Update, windows: Sequence[int]) -> Update:
+    """ω under which early stopping holds out the last whole images: windows of one on both sides would flatter.
+
+    Args:
+        update: ω, whose rule counts images.
+        windows: how many views each image has, in the order of the support.
+    """
+    stopping, images = update.stopping, len(windows)
+    if stopping is None:
+        return update
+    if images < stopping.least:
+        return replace(update, stopping=replace(stopping, least=sum(windows) + 1))
+    held_out = min(max(1, round(stopping.share * images)), images - 1)
+    share = sum(windows[-held_out:]) / sum(windows)
+    return replace(update, stopping=replace(stopping, share=share))
 
 
 def _resize(picture: UInt8, size: int) -> UInt8:

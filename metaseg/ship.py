@@ -74,7 +74,8 @@ def ship(runs: Sequence[Path]) -> Path:
 def _results(run: Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        _ = results["meta_steps"], results["val"] and (_validated_on(results), results["val"]["iou"]["mean"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run} holds no finished run: give folders with results.json and {NAME}") from error
     return results
 

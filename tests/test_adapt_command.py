@@ -1,6 +1,7 @@
 """`python -m metaseg.adapt`: what it leaves, what it leaves alone, and what it says."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from test_pictures import png_of_size
 from test_practice import ABOUT, SIZE, labelled
 
 import metaseg
-from metaseg.adapt.__main__ import main
+from metaseg.adapt.__main__ import main, read_words
 from metaseg.config import config_dir
+from metaseg.export import main as export
 from metaseg.initialisation import save_initialisation
 from metaseg.models import EfficientLab
 from metaseg.ship import shipped_path
@@ -84,7 +86,7 @@ def test_it_leaves_masks_overlays_a_page_a_record_and_the_model(command: Command
     said = command()
     out = place / "out"
     assert files(out) == {
-        *("adaptation.json", "adapted.safetensors", "index.html"),
+        *("adaptation.json", "adapted.safetensors", "card.md", "index.html"),
         *("masks/3.png", "masks/4.png", "overlays/3.jpg", "overlays/4.jpg"),
     }
     support = [Image.open(place / "support" / f"{i}.jpg") for i in range(3)]
@@ -133,9 +135,13 @@ def test_large_images_in_tiles(command: Command, place: Path) -> None:
     model = metaseg.load(place / "out" / "adapted.safetensors", device="cpu")
     expected = model.predict(Image.open(place / "query" / "3.jpg"), tile=True)
     np.testing.assert_array_equal(np.asarray(Image.open(place / "out" / "masks" / "3.png")) // 255, expected)
-    assert model.about.shots > 4
+    assert model.about.shots == 4
     command("support=null", f"init={place / 'out' / 'adapted.safetensors'}", f"out={place / 'more'}")  # in tiles again
     assert (place / "more" / "masks" / "3.png").read_bytes() == (place / "out" / "masks" / "3.png").read_bytes()
+    command(f"init={place / 'out' / 'adapted.safetensors'}", f"out={place / 'again'}", "update.steps=1")
+    assert metaseg.load(place / "again" / "adapted.safetensors", device="cpu").about.tile
+    with pytest.raises(SystemExit, match="predicts in tiles, which the graph would not"):
+        export([str(place / "out" / "adapted.safetensors"), str(place / "model.pt")])
 
 
 def test_the_page_needs_only_its_folder_and_shows_names_as_text(command: Command, place: Path) -> None:
@@ -154,12 +160,11 @@ def test_the_page_needs_only_its_folder_and_shows_names_as_text(command: Command
 def test_images_of_one_stem_have_a_mask_each(command: Command, place: Path) -> None:
     images = place / "query" / "apart" / "images"
     images.mkdir(parents=True)
-    for suffix in ("jpg", "png", "webp"):
-        Image.open(place / "query" / "3.jpg").save(images / f"a.{suffix}")
+    names = ("a.jpg", "a.png", "a.webp", "a.jpg.png")  # the last is what the first's mask will be called
+    for name in names:
+        Image.open(place / "query" / "3.jpg").save(images / name)
     command(f"query={images.parent}")
-    assert {name for name in files(place / "out") if "masks" in name} == {
-        f"masks/a.{s}.png" for s in ("jpg", "png", "webp")
-    }
+    assert {name for name in files(place / "out") if "masks" in name} == {f"masks/{name}.png" for name in names}
 
 
 def test_an_adapted_model_predicts_without_a_support(command: Command, place: Path, theta: Path) -> None:
@@ -181,7 +186,8 @@ def test_one_labelled_image_is_enough_but_for_the_estimate(command: Command, pla
 
 def test_without_a_query_it_only_adapts(command: Command, place: Path) -> None:
     command("query=")
-    assert files(place / "out") == {"adaptation.json", "adapted.safetensors", "index.html"}
+    assert files(place / "out") == {"adaptation.json", "adapted.safetensors", "card.md", "index.html"}
+    assert "adapted from 3 labelled images" in (place / "out" / "card.md").read_text()
 
 
 def test_one_folder_with_a_few_masks_gives_masks_for_the_rest(command: Command, place: Path) -> None:
@@ -215,7 +221,7 @@ def test_again_into_the_same_folder_replaces_its_own_files_alone(command: Comman
     command("update.lr=0.2")
     assert (place / "out" / "notes.txt").read_text() == "mine"
     assert (place / "out" / "adapted.safetensors").read_bytes() != before
-    assert "masks/3.png" in record(place)["files"]  # still known as the command's own
+    assert "masks/3.png" not in files(place / "out")  # it would pass for this run's
     assert set(record(place)["predicted"]) == {"4.jpg"}
 
 
@@ -260,6 +266,7 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
     Image.fromarray(image).convert("CMYK").save(query / "cmyk.jpg")
     Image.fromarray(image).convert("RGBA").save(query / "alpha.png")
     Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(query / "sixteen.png")
+    Image.fromarray(image).save(query / "3.png")
 
     said = command()
     found = record(place)
@@ -273,6 +280,7 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
         ("support", "turned.png", "mask of another size than its image"),
         ("query", "huge.png", "image of too many pixels"),
         ("query", "cut.jpg", "unreadable file"),
+        ("query", "3.png", "taken for a mask"),
     }
     for fault in found["faults"]:
         assert fault["cure"] in said
@@ -283,9 +291,11 @@ def test_every_broken_file_is_named_and_the_sound_ones_are_used(command: Command
 def test_it_fails_only_if_nothing_can_be_done(command: Command, place: Path) -> None:
     for path in (place / "query").iterdir():
         path.write_text("no image")
-    said = command(fails=True)
+    said = command()  # there is a model to show for it
     assert "none of the 2 images in query=" in said
     assert "2 × unreadable file (export it again" in said
+    model = f"init={place / 'out' / 'adapted.safetensors'}"
+    assert "none of the 2 images in query=" in command(model, "support=", f"out={place / 'more'}", fails=True)
     for path in (place / "support").glob("*.png"):
         Image.new("L", (56, 40)).save(path)
     said = command(fails=True)
@@ -308,10 +318,11 @@ def test_it_fails_only_if_nothing_can_be_done(command: Command, place: Path) -> 
         (("support=", "query="), "nothing to do: give support=DIR to adapt, query=DIR to predict, or both"),
         (("init=nowhere",), "nowhere: there is no such file; give the init.safetensors of a run"),
         (("support=nowhere",), "nowhere: there is no such folder"),
-        (("query=nowhere",), "nowhere: there is no such folder"),
+        (("query=nowhere",), "query=nowhere: there is no such file or folder"),
         (("update.lr=-1",), "update.lr=-1: give a number above 0"),
         (("image_size=50",), "image_size=50: give a multiple of 16"),
         (("device=warp",), "device=warp cannot be used here"),
+        (("device=meta",), "device=meta cannot be used here"),
     ],
 )
 def test_words_that_cannot_work_leave_nothing_behind(
@@ -325,6 +336,50 @@ def test_words_that_cannot_work_leave_nothing_behind(
 def test_a_query_without_images(command: Command, place: Path) -> None:
     (place / "none").mkdir()
     assert "none holds no images: give a folder of JPEG" in command(f"query={place / 'none'}", fails=True)
+
+
+@pytest.mark.parametrize("out", ["support", "query", "support/masks", "query/images"])
+def test_predictions_never_come_among_the_users_own_files(command: Command, place: Path, out: str) -> None:
+    before = files(place)
+    assert "holds images or masks of yours" in command(f"out={place / out}", fails=True)
+    assert files(place) == before
+
+
+def test_an_earlier_runs_predictions_do_not_pass_for_this_ones(command: Command, place: Path) -> None:
+    command("soft=true")
+    record_of = json.loads((place / "out" / "adaptation.json").read_text())
+    (place / "own.txt").write_text("not ours to remove")
+    record_of["files"] += ["../own.txt", "masks/../../own.txt", str(place / "own.txt")]
+    (place / "out" / "adaptation.json").write_text(json.dumps(record_of))
+    (place / "query" / "3.jpg").write_text("broken since")
+    (place / "query" / "4.jpg").unlink()
+    Image.new("RGB", (9, 9)).save(place / "query" / "5.png")
+    command()
+    left = {"masks/5.png", "overlays/5.jpg", "adaptation.json", "adapted.safetensors", "card.md", "index.html"}
+    assert files(place / "out") == left
+    assert (place / "own.txt").is_file()
+
+
+def test_a_category_is_taken_as_it_is() -> None:
+    for name in ("1", "true", "dog's (big)", "dog,cat"):
+        assert read_words([f"category={name}", "init=i", "support=s", "out=o"]).config.category == name
+
+
+def test_names_that_are_no_utf_8_and_results_that_cannot_be_written(command: Command, place: Path) -> None:
+    odd = os.fsdecode(b"\xff.jpg")
+    (place / "query" / "3.jpg").rename(place / "query" / odd)
+    long = "x" * 250  # two of one stem become LONG.jpg.png, which is too long for a file
+    for suffix in ("jpg", "bmp"):
+        Image.new("RGB", (9, 9)).save(place / "query" / f"{long}.{suffix}")
+    said = command()
+    assert set(record(place)["predicted"]) == {odd, "4.jpg"}
+    assert "2 × result not written (shorten the image's name" in said
+    assert (place / "out" / "masks" / os.fsdecode(b"\xff.png")).is_file()
+    assert "%FF.png" in (place / "out" / "index.html").read_text()
+
+
+def test_all_images_labelled_already(command: Command, place: Path) -> None:
+    assert "nothing to predict: all images in query=" in command(f"query={place / 'support'}")
 
 
 def test_an_out_that_cannot_be_a_folder(command: Command, place: Path) -> None:

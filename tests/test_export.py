@@ -221,7 +221,7 @@ def test_from_the_shell(net: nn.Module, tmp_path: Path, known: str, capsys: pyte
     assert f"{out}, images of 48² inside" in capsys.readouterr().out
     images = photographs(2, 60, 50)
     torch.testing.assert_close(torch.jit.load(out)(images), Deployed(net, SIZE)(images), atol=1e-5, rtol=0)
-    assert "# reptile on emoji" in out.with_suffix(".md").read_text()
+    assert "# reptile on emoji" in out.with_suffix(".card.md").read_text()
 
 
 def test_the_shell_ends_in_a_message(net: nn.Module, tmp_path: Path) -> None:

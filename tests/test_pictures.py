@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from metaseg.data.faults import STRAY
+from metaseg.data.faults import STRAY, Fault
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError
 from metaseg.pictures import (
@@ -271,14 +272,27 @@ def test_every_layout_gives_the_image_with_its_mask(tmp_path: Path, name: str) -
     assert image.shape == (6, 9, 3)
     np.testing.assert_array_equal(mask, MASK)
     (picture,), faults = find_pictures(tmp_path)
-    assert (picture, faults) == (labelled.image, [])
+    assert picture == labelled.image
+    assert [fault.kind for fault in faults] == ["taken for a mask"] * (name in ("beside", "png"))
 
 
-def test_several_shapes_of_one_image_are_one_object() -> None:
+def test_several_shapes_of_one_image_are_one_object(tmp_path: Path) -> None:
     outlines = [np.reshape(RECTANGLE, (4, 2)) - [0.0, y] for y in (0, 1)]
-    mask = Labelled(Path("a"), Polygons(outlines, None)).mask
-    assert isinstance(mask, Polygons)
-    assert np.any([fill(o, 6, 9) for o in mask.outlines], axis=0).sum() == 15
+    image, mask = Labelled(write(tmp_path / "a.png", noise()), Polygons([*outlines, np.zeros((0, 2))], None)).read()
+    assert image.shape == (6, 9, 3)
+    np.testing.assert_array_equal(mask, np.any([fill(o, 6, 9) for o in outlines], axis=0))
+    assert (mask.sum(), mask.dtype) == (15, np.uint8)
+
+
+def test_many_shapes_of_one_image_take_the_memory_of_one_mask(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", np.zeros((500, 500), np.uint8))
+    outlines = [np.reshape(RECTANGLE, (4, 2)) + np.array([10.0 * i, 0]) for i in range(40)]
+    tracemalloc.start()
+    mask = Labelled(path, Polygons(outlines, None)).read()[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mask.sum() == 40 * 10
+    assert peak < 20 * mask.size  # the image with its copies, not 40 masks
 
 
 def test_images_come_in_natural_order_and_hidden_files_are_no_matter(tmp_path: Path) -> None:
@@ -292,6 +306,23 @@ def test_images_come_in_natural_order_and_hidden_files_are_no_matter(tmp_path: P
     assert [(fault.kind, fault.path.name) for fault in faults] == [(STRAY, "notes.txt")]
     assert [path.name for path in find_pictures(tmp_path)[0]] == ["1.jpg", "9.jpg", "10.jpg"]
     assert find_pictures(tmp_path / "9.jpg") == ([tmp_path / "9.jpg"], [])
+
+
+def test_an_image_to_segment_that_is_taken_for_a_mask_is_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.png", "b_mask.png"):
+        write(tmp_path / name, noise())
+    images, faults = find_pictures(tmp_path)
+    assert [path.name for path in images] == ["a.jpg", "b.png"]
+    cure = "rename it, or put all images into images/"
+    assert set(faults) == {
+        Fault("taken for a mask", Path("a.png"), cure, "of a.jpg"),
+        Fault("taken for a mask", Path("b_mask.png"), cure, "of b.png"),
+    }
+    (tmp_path / "images").mkdir()
+    for path in [*tmp_path.glob("*.*")]:
+        path.rename(tmp_path / "images" / path.name)
+    assert len(find_pictures(tmp_path)[0]) == 4
+    assert find_pictures(tmp_path)[1] == []
 
 
 def test_pictures_in_the_folder_itself_go_before_a_folder_of_images(tmp_path: Path) -> None:
@@ -331,9 +362,13 @@ def test_folders_apart_report_masks_without_images_and_second_images(tmp_path: P
     ("content", "kind"),
     [
         (coco({"image_id": 7, "category_id": 1, "segmentation": {"counts": "abc"}}), "run-length annotation"),
-        (coco({"image_id": 7, "category_id": 1, "segmentation": [[1, 2, 3]]}), "unreadable file"),
-        (coco({"image_id": 8, "category_id": 1, "segmentation": [RECTANGLE]}), "unreadable file"),
-        (coco({"image_id": 7, "category_id": 1, "segmentation": [[float("nan")] * 6]}), "unreadable file"),
+        (coco({"image_id": 7, "category_id": 1, "segmentation": [[1, 2, 3]]}), "broken annotation"),
+        (coco({"image_id": 7, "category_id": 1, "segmentation": [[float("nan")] * 6]}), "broken annotation"),
+        (coco({"image_id": 7, "category_id": 1, "segmentation": [[10**400] * 6]}), "broken annotation"),
+        (coco({"image_id": 7, "segmentation": [RECTANGLE]}), "broken annotation"),
+        (coco({"image_id": 7, "category_id": 1, "bbox": [3, 2, 5, 2]}), "annotation without an outline"),
+        (coco({"image_id": 7, "category_id": 1, "segmentation": []}), "annotation without an outline"),
+        (coco(height=float("inf")), "unreadable file"),
         (coco(name="b.jpg"), "polygons without an image"),
         (labelme(shape_type="circle"), "shape that is no polygon"),
         ({"shapes": 3}, "unreadable file"),
@@ -348,6 +383,55 @@ def test_broken_annotations_cost_their_image_alone(tmp_path: Path, content: obje
     labelled, faults = find_labelled(tmp_path)
     assert [one.image.name for one in labelled] == ["sound.jpg"]
     assert kind in {fault.kind for fault in faults}
+
+
+def test_json_nested_too_deeply_is_unreadable(tmp_path: Path) -> None:
+    layout(tmp_path, "beside")
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    labelled, faults = find_labelled(tmp_path)
+    assert len(labelled) == 1
+    assert [(fault.kind, fault.path.name) for fault in faults] == [("unreadable file", "a.json")]
+
+
+@pytest.mark.parametrize("broken", [{"bbox": [3, 2, 5, 2]}, {"segmentation": {"counts": "abc"}, "iscrowd": 1}])
+def test_an_annotation_without_polygons_costs_its_image_alone(tmp_path: Path, broken: dict[str, object]) -> None:
+    content = coco({"image_id": 7, "category_id": 1, "segmentation": [RECTANGLE]})
+    content["images"] += [{"id": 8, "file_name": "b.jpg"}]
+    content["annotations"] += [{"image_id": 8, "category_id": 1, "segmentation": [RECTANGLE]}]
+    content["annotations"] += [{"image_id": 8, "category_id": 1, **broken}]
+    in_json(tmp_path / "all.json", content)
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / name, noise())
+    (labelled,), (fault,) = find_labelled(tmp_path)
+    assert (labelled.image.name, fault.path) == ("a.jpg", Path("b.jpg"))
+    assert fault.cure == "export it as polygons, or the masks as PNG files"
+
+
+def test_annotations_of_images_that_the_file_does_not_list_cost_nothing(tmp_path: Path) -> None:
+    shape = {"category_id": 1, "segmentation": [RECTANGLE]}
+    in_json(tmp_path / "all.json", coco(*({"image_id": i, **shape} for i in (77, 7, 77, [7])), shape))
+    write(tmp_path / "a.jpg", noise())
+    (labelled,), (fault,) = find_labelled(tmp_path)
+    np.testing.assert_array_equal(labelled.read()[1], MASK)
+    assert fault.kind == "annotation of an image that its file does not list"
+    assert (fault.path, fault.detail) == (Path("all.json"), "image_id 77, image_id [7], image_id None")
+
+
+def test_what_cannot_be_used_counts_in_its_own_category_alone(tmp_path: Path) -> None:
+    cat = {"image_id": 7, "category_id": 1, "segmentation": [RECTANGLE]}
+    crowd = {"image_id": 7, "category_id": 2, "segmentation": {"counts": "abc"}, "iscrowd": 1}
+    drawn = labelme()
+    drawn["shapes"] += labelme(label="dog", shape_type="circle", points=[[1, 1], [2, 2]])["shapes"]
+    write(tmp_path / "a.jpg", noise())
+    for content, kind in ((coco(cat, crowd), "run-length annotation"), (drawn, "shape that is no polygon")):
+        in_json(tmp_path / "a.json", content)
+        (labelled,), faults = find_labelled(tmp_path, "cat")
+        np.testing.assert_array_equal(labelled.read()[1], MASK)
+        assert faults == []
+        labelled, (fault,) = find_labelled(tmp_path, "dog")
+        assert (labelled, fault.kind) == ([], kind)
+        with pytest.raises(ConfigError, match="several categories.*: cat, dog"):
+            find_labelled(tmp_path)
 
 
 def test_one_of_several_categories_has_to_be_chosen(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from metaseg.metrics import iou
 from metaseg.models import EfficientLab
 from metaseg.pictures import PictureError
 from metaseg.practice import Adapted, Initialisation, Progress
-from metaseg.update import Update
+from metaseg.update import EarlyStopping, Update
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -279,11 +280,35 @@ def test_with_tile_the_shots_are_windows_at_the_images_own_scale(init: Initialis
     assert [int(view[1].sum()) for view in views] == [3 * SIZE, 3 * SIZE, 0, 0]  # two with it, as many without
     assert all(view[0].shape == (SIZE, SIZE, 3) for view in views)
     adapted = init.adapt([image], [mask], tile=True)
-    assert (adapted.about.shots, adapted.about.tile) == (4, True)
+    assert (adapted.about.shots, adapted.about.tile) == (1, True)  # one image
     np.testing.assert_array_equal(adapted.predict(image, soft=True), adapted.predict(image, soft=True, tile=True))
     assert (adapted.predict(image, soft=True) != adapted.predict(image, soft=True, tile=False)).any()
     small = init.views(image[:9, :20], np.ones((9, 20), bool), tile=True)
     assert [view[0].shape for view in small] == [(SIZE, SIZE, 3)]
+
+
+def test_whole_images_are_held_out_however_many_windows_they_have() -> None:
+    sgd = partial(torch.optim.SGD)
+    update = Update(sgd, lr=0.1, steps=3, stopping=EarlyStopping(share=0.3, least=4))
+    windows = [2, 5, 1, 4]
+    n = sum(windows)
+    images, masks = np.zeros((n, SIZE, SIZE, 3), np.uint8), np.zeros((n, SIZE, SIZE), np.uint8)
+    images[:, 0, 0, 0] = np.repeat(np.arange(4), windows)  # each knows its image
+    episode = Episode("task", 0, Batch.from_numpy(images, masks), Batch.from_numpy(images[:0], masks[:0]))
+    rehearsal = practice._holding_out_whole(update, windows).prepare(episode, 0).rehearsal
+    assert rehearsal is not None
+    assert rehearsal.query.images[:, 0, 0, 0].tolist() == [3, 3, 3, 3]  # 0.3 of four images is one
+    few = practice._holding_out_whole(update, windows[:3])
+    assert few.prepare(replace(episode, support=episode.support[:8]), 0).rehearsal is None  # 8 windows of 3 images
+
+
+def test_leaving_one_out_of_ten_chooses_the_steps_as_all_ten_do(
+    init: Initialisation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(practice.MANY_SHOT_UPDATE, "steps", 4)
+    told: list[Progress] = []
+    init.leave_one_out(*labelled(10), progress=told.append)
+    assert any(one.searching for one in told)
 
 
 # Errors

@@ -73,7 +73,10 @@ def test_what_cannot_be_shipped_leaves_the_old_one(tmp_path: Path, capsys: pytes
     broken = run(tmp_path / "b", 2, 0.6)
     (broken / "init.safetensors").write_bytes(b"broken")
     elsewhere = run(tmp_path / "c", 3, 0.6, shots=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text("{}")
     for runs, error, said in [
+        ([tmp_path / "other"], DataError, "holds no finished run"),
         ([broken], WeightsError, "is no initialisation that metaseg wrote"),
         ([tmp_path / "a", elsewhere], ConfigError, "validated on different episodes"),
         ([tmp_path / "a", tmp_path / "nowhere"], DataError, "holds no finished run"),

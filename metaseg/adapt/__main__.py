@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, tr
 
 import metaseg
 from metaseg import practice
-from metaseg.adapt.output import MODEL, Output
+from metaseg.adapt.output import CARD, MODEL, Output
+from metaseg.card import write_card
 from metaseg.config import check_overrides, config_dir, expand_update
 from metaseg.data.faults import STRAY, Fault, fault_lines
 from metaseg.data.source import UInt8
@@ -29,6 +30,7 @@ from metaseg.practice import Adapted, Initialisation
 from metaseg.ship import shipped
 
 PLACES = ("init", "support", "query", "out")
+RAW = (*PLACES, "category")  # taken as they are: Hydra would read numbers, brackets, commas and quotes in them
 SWITCHES = ("tile", "flips", "soft", "leave_one_out")
 
 
@@ -50,14 +52,14 @@ def read_words(words: Sequence[str]) -> Request:
         added = word.startswith("+") and not word.lstrip("+").startswith("update.")  # nothing would read it
         if "=" not in word or word.startswith(("-", "~")) or added:
             raise ConfigError(f"{word!r} is no key=value: --help lists the keys")
-    # paths are taken as they are: Hydra would read the brackets, commas and quotes in them
-    places = {key: value for key, _, value in (word.partition("=") for word in words) if key in PLACES}
-    others = expand_update([word for word in words if word.partition("=")[0] not in PLACES])
+    raw = {key: value for key, _, value in (word.partition("=") for word in words) if key in RAW}
+    others = expand_update([word for word in words if word.partition("=")[0] not in RAW])
     check_overrides(others, "adapt")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = compose("adapt", overrides=others)
-    for key, value in places.items():
-        config[key] = None if value in ("", "null") else str(Path(value).expanduser())
+    for key, value in raw.items():
+        given = None if value in ("", "null") else value
+        config[key] = str(Path(given).expanduser()) if given and key in PLACES else given
     if config.out is None:
         raise ConfigError("out has no value: give out=PATH, a folder for the results; --help lists the keys")
     if config.support is None and config.query is None:
@@ -95,6 +97,8 @@ def run(request: Request, console: Console) -> None:
     init = practice.load(config.init, image_size=config.image_size, device=config.device)
     if config.support is None and init.about.shots is None:
         raise ConfigError(f"init={config.init} is not adapted to anything yet: give support=DIR of labelled images")
+    tile = init.about.tile if config.tile is None else bool(config.tile)
+    _check_out(config)
     found = _find(config)
     names = [path.name for path in found.pictures]
     out = Output(Path(config.out), names, adapts=config.support is not None, soft=config.soft)
@@ -102,15 +106,17 @@ def run(request: Request, console: Console) -> None:
     record: dict[str, Any] = {"metaseg": metaseg.__version__, "command": _plain(config) | {"update": request.update}}
     model = init
     if config.support:
-        model, learned = _adapt(init, found, request, console)
+        model, learned = _adapt(init, found, request, tile, console)
         record |= learned
     about = {key: value for key, value in asdict(model.about).items() if key != "seen"}  # hundreds of classes
     record |= {"about": about, "predicted": {}}
     out.write_record(record)  # from now on the files here are known as ours, also if this run is interrupted
     if isinstance(model, Adapted):
         model.save(out.folder / MODEL)
+        write_card(out.folder / MODEL, out.folder / CARD)
 
     adapted = time.perf_counter()
+    out.clear()
     record["predicted"] = _predict(model, found, config, out, console)
     record["seconds"] = {
         "adapting": round(model.seconds, 2) if isinstance(model, Adapted) else 0.0,
@@ -128,14 +134,30 @@ def run(request: Request, console: Console) -> None:
     for where, faults in found.faults.items():
         told = fault_lines(fault for fault in faults if fault.kind != STRAY)
         _say(console, [f"part of {where} is left out, the rest is used:", *told] if told else [])
-    if found.pictures and not record["predicted"]:
-        raise DataError(f"none of the {len(names)} images in query={config.query} could be used; see above")
+    if names and not record["predicted"]:
+        none = f"none of the {len(names)} images in query={config.query} could be used; see above"
+        if not config.support:
+            raise DataError(none)
+        _say(console, [none])
+    if config.query and not names:
+        _say(console, [f"nothing to predict: all images in query={config.query} are labelled"])
     _say(console, [*lines, f"{out.folder / 'index.html'} shows them"])
+
+
+def _check_out(config: DictConfig) -> None:
+    """Refuse to write among the user's own images and masks, where the next run would take a prediction for a label."""
+    out = Path(config.out).resolve()
+    for key in ("support", "query"):
+        place = Path(config[key]).resolve() if config[key] else None
+        if place and out in (place, place / "images", place / "masks"):
+            raise ConfigError(f"out={config.out} holds images or masks of yours ({key}): choose a folder of its own")
 
 
 def _find(config: DictConfig) -> Found:
     support, query = (Path(place) if place else None for place in (config.support, config.query))
     labelled, faults = find_labelled(support, config.category) if support else ([], [])
+    if query and not query.exists():
+        raise DataError(f"query={query}: there is no such file or folder")
     pictures, strays = find_pictures(query) if query else ([], [])
     if query and not pictures:
         raise DataError(f"query={query} holds no images: give a folder of JPEG, PNG, WebP, BMP or TIFF files")
@@ -156,19 +178,26 @@ def _predict(model: Initialisation, found: Found, config: DictConfig, out: Outpu
             found.faults["query"].append(error.at(Path(path.name)))
             continue
         probability = model.predict(picture, soft=True, tile=config.tile, flips=config.flips)
-        out.write_prediction(path.name, picture, probability)
+        try:
+            out.write_prediction(path.name, picture, probability)
+        except OSError as error:
+            cure = "shorten the image's name, or make room for the results"
+            found.faults["query"].append(Fault("result not written", Path(path.name), cure, str(error.strerror)))
+            continue
         predicted[path.name] = {"share_of_object": float(np.mean(probability > 0.5))}
     return predicted
 
 
-def _adapt(init: Initialisation, found: Found, request: Request, console: Console) -> tuple[Adapted, dict[str, Any]]:
+def _adapt(
+    init: Initialisation, found: Found, request: Request, tile: bool, console: Console
+) -> tuple[Adapted, dict[str, Any]]:
     """The model adapted to the sound ones of the labelled images, and its part of the record; others are faults."""
     config = request.config
     folder, faults = Path(config.support), found.faults["support"]
     sound, views = [], []
     for one in found.labelled:
         try:
-            views += init.views(*one.read(), tile=bool(config.tile))
+            views.append(init.views(*one.read(), tile=tile))
             sound.append(one)
         except PictureError as error:
             at = error.path or (one.mask if isinstance(one.mask, Path) else one.image)
@@ -176,7 +205,7 @@ def _adapt(init: Initialisation, found: Found, request: Request, console: Consol
     if not sound:
         missing = fault_lines(faults) or ["there are no images with masks; --help says how they are named"]
         raise DataError("\n".join([f"nothing in support={folder} can be used:", *missing]))
-    options = {"tile": bool(config.tile), "seed": config.seed, "update": request.update}
+    options = {"tile": tile, "seed": config.seed, "update": request.update}
     with _bar(console, "adapting") as progress:
         model = init.adapt_to(views, **options, progress=progress)
     learned: dict[str, Any] = {
@@ -264,7 +293,7 @@ def main() -> None:
         return
     try:
         run(read_words(words), Console(stderr=True))
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         sys.exit(f"metaseg: {error}")
 
 

@@ -17,7 +17,8 @@ from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError
 from metaseg.pictures import PREDICTION, overlay
 
-RECORD, INDEX, MODEL = "adaptation.json", "index.html", "adapted.safetensors"
+RECORD, INDEX, MODEL, CARD = "adaptation.json", "index.html", "adapted.safetensors", "card.md"
+PREDICTIONS = ("masks", "overlays", "probabilities")
 THUMBNAIL = 768  # pixels of an overlay's longer side, at most
 
 
@@ -37,24 +38,34 @@ class Output:
     def __init__(self, folder: Path, names: Sequence[str], *, adapts: bool, soft: bool) -> None:
         self.folder, self.soft = folder, soft
         stems = Counter(Path(name).stem.casefold() for name in names)
-        # a.jpg and a.png would both become a.png
-        self.stem = {name: Path(name).stem if stems[Path(name).stem.casefold()] == 1 else name for name in names}
-        planned = [RECORD, INDEX, *([MODEL] if adapts else [])]
+        # a.jpg and a.png would both become a.png, and beside them a.jpg.png what a.jpg becomes then
+        taken = {name.casefold() for name in names if stems[Path(name).stem.casefold()] > 1}
+        self.stem = {
+            name: name if {name.casefold(), Path(name).stem.casefold()} & taken else Path(name).stem for name in names
+        }
+        planned = [RECORD, INDEX, *([MODEL, CARD] if adapts else [])]
         for stem in self.stem.values():
             planned += [f"masks/{stem}.png", f"overlays/{stem}.jpg", *([f"probabilities/{stem}.png"] if soft else [])]
-        earlier = self._earlier()
+        self.earlier = earlier = self._earlier()
         foreign = [name for name in planned if name not in earlier and os.path.lexists(folder / name)]
         if foreign:
             raise ConfigError(
                 f"out={folder}: {foreign[0]} is there and not from an earlier run of this command; choose a new folder"
             )
-        self.files = sorted({*earlier, *planned})
+        self.planned, self.files = set(planned), sorted({*earlier, *planned})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in {Path(name).parent for name in planned}:
                 (folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out={folder} cannot be made ({error.strerror}): choose another folder") from error
+
+    def clear(self) -> None:
+        """Remove an earlier run's predictions, which would pass for this one's."""
+        old = {name for name in self.earlier if Path(name).parts[:-1] in {(folder,) for folder in PREDICTIONS}}
+        for name in old:
+            (self.folder / name).unlink(missing_ok=True)
+        self.files = sorted(self.planned | (set(self.files) - old))
 
     def write_prediction(self, name: str, image: UInt8, probability: NDArray[np.float32]) -> None:
         """Write what was found in an image (h, w, 3): the mask, 0 and 255; an overlay; probabilities if wanted.
@@ -77,7 +88,8 @@ class Output:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write `adaptation.json`, which also says which files are ours."""
         text = json.dumps({**record, "files": self.files}, indent=2, ensure_ascii=False)
-        (self.folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        # names that are no UTF-8 become JSON's own escapes
+        (self.folder / RECORD).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def write_index(self, title: str, lines: Sequence[str], predicted: Sequence[str]) -> None:
         """Write the contact sheet: a page of overlays, each a link to its mask, that needs nothing beside this folder.
@@ -88,14 +100,14 @@ class Output:
             predicted: names of the query's files, in their order.
         """
         figures = "\n".join(
-            f'<figure><a href="{quote(f"masks/{self.stem[name]}.png")}">'
-            f'<img loading="lazy" src="{quote(f"overlays/{self.stem[name]}.jpg")}" alt=""></a>'
+            f'<figure><a href="{quote(os.fsencode(f"masks/{self.stem[name]}.png"))}">'
+            f'<img loading="lazy" src="{quote(os.fsencode(f"overlays/{self.stem[name]}.jpg"))}" alt=""></a>'
             f"<figcaption>{html.escape(name)}</figcaption></figure>"
             for name in predicted
         )
         said = "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
         page = _PAGE.format(title=html.escape(title), said=said, figures=figures)
-        (self.folder / INDEX).write_text(page, encoding="utf-8")
+        (self.folder / INDEX).write_text(page, encoding="utf-8", errors="backslashreplace")
 
     def _earlier(self) -> set[str]:
         """The files that an earlier run left here."""

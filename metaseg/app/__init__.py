@@ -1,0 +1,1 @@
+"""The page in the browser, `python -m metaseg.app`: `session.py` is what it does, `page.py` what it shows."""

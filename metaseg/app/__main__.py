@@ -1,0 +1,109 @@
+"""Label a few images in the browser, adapt, and see the masks of the others.
+
+python -m metaseg.app --init RUN/init.safetensors
+"""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaseg.errors import ConfigError, UserError, WeightsError
+from metaseg.practice import Initialisation, load
+
+LAST_PORT = 65_535
+
+
+def interruptible() -> None:
+    """Let the end of the process, or of its terminal, interrupt it as Ctrl-C does: at once, it leaves files behind."""
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+    def interrupt(*_: object) -> None:
+        for number in ending:  # a terminal may send more than one: the removing of files is not to be interrupted
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in ending:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+
+
+def serve(init: Initialisation, host: str, port: int) -> None:
+    """Serve the page until the process is interrupted or terminated; what visitors have left is removed then.
+
+    Raises:
+        ConfigError: if Gradio is missing, or the port cannot be had.
+    """
+    interruptible()
+    with tempfile.TemporaryDirectory(prefix="metaseg-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # read at the import; Gradio serves what is in it
+        try:
+            from metaseg.app import page
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise ConfigError('the page needs Gradio: pip install "metaseg-lightning[app]"') from error
+        sessions = Path(folder, "sessions")
+        sessions.mkdir()
+        blocks = page.build(init, sessions)
+        try:
+            blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                theme=page.THEME,
+                css=page.CSS,
+            )
+        except OSError as error:
+            other = port + 1 if port < LAST_PORT else port - 1
+            raise ConfigError(
+                f"nothing can be served at {host}:{port}, which may be taken: choose another port, --port {other}"
+            ) from error
+        print(f"http://{host}:{port} is the page; Ctrl-C ends it", flush=True)
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            blocks.close(verbose=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m metaseg.app",
+        description="Label a few images in the browser, adapt, and see the masks of the others.",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="init.safetensors of a run; default: the one that `make demo` has built",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at; default: %(default)s, this computer alone"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        if not 1 <= arguments.port <= LAST_PORT:
+            raise ConfigError(f"--port {arguments.port}: ports are 1 … {LAST_PORT}; without --port it is 7860")
+        init = load(arguments.init)
+        if "_target_" not in init.about.update:
+            raise WeightsError(
+                "the initialisation recommends no update procedure: give --init, the init.safetensors of a run"
+            )
+        serve(init, arguments.host, arguments.port)
+    except UserError as error:
+        sys.exit(f"metaseg: {error}")
+
+
+if __name__ == "__main__":
+    main()
