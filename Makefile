@@ -31,5 +31,5 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,export,app]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,export,app,sweep,slurm]'
 	touch $@

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
+from metaseg.config import trains
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
@@ -27,7 +28,7 @@ SCHEMA = 1
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     """The CSV logger and the configured one, each given the run's whole configuration."""
     version = "csv"
-    if config.ckpt_path is not None:  # the curves from before stay
+    if config.ckpt_path is not None and trains(config):  # resumed: the curves from before stay
         taken = sum(1 for _ in folder.glob("csv*"))
         version += f"{taken + 1}" if taken else ""
     loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
