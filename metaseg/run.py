@@ -121,8 +121,8 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     )
     best = BestCheckpoint(folder / "checkpoints")
     last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
-    for partial in (folder / "checkpoints").glob("*.partial"):
-        partial.unlink()  # of a process that was killed while it wrote
+    for leftover in (folder / "checkpoints").glob("*.partial"):
+        leftover.unlink()  # of a process that was killed while it wrote
     trainer = create(
         config.trainer,
         callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar()],
