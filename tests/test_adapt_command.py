@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from test_pictures import png_of_size
@@ -21,19 +20,9 @@ import metaseg
 from metaseg.adapt.__main__ import main, read_words
 from metaseg.config import config_dir
 from metaseg.export import main as export
-from metaseg.initialisation import save_initialisation
-from metaseg.models import EfficientLab
 from metaseg.ship import shipped_path
 
 Command = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("theta") / "init.safetensors"
-    save_initialisation(EfficientLab("tf_efficientnet_lite0", rsd=(16,)), ABOUT, file)
-    return file
 
 
 @pytest.fixture

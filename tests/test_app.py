@@ -16,27 +16,18 @@ import pytest
 import torch
 from PIL import Image
 from test_pictures import png_of_size
-from test_practice import ABOUT, SIZE, labelled
+from test_practice import SIZE, labelled
 
 import metaseg
 from metaseg.app import __main__ as command
 from metaseg.app.session import VIEW, Session
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError
-from metaseg.initialisation import read_about, save_initialisation
+from metaseg.initialisation import read_about
 from metaseg.metrics import iou
-from metaseg.models import EfficientLab
 from metaseg.practice import Initialisation
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
-
-@pytest.fixture(scope="module")
-def theta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("theta") / "init.safetensors"
-    save_initialisation(EfficientLab("tf_efficientnet_lite0", rsd=(16,)), ABOUT, file)
-    return file
 
 
 @pytest.fixture(scope="module")

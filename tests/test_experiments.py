@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from test_practice import ABOUT
-from trees import write_splits, write_tree
+from trees import write_data
 
 from metaseg.adapt import __main__ as adapt_command
 from metaseg.adapt.__main__ import read_words
@@ -43,11 +43,7 @@ PNG = b"\x89PNG"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Words:
     """Behind `--`: a small tree, and seconds of work."""
-    folder = tmp_path_factory.mktemp("data")
-    names = [f"class_{i}" for i in range(6)]
-    root = write_tree(folder / "tree", names)
-    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
-    words = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    words = write_data(tmp_path_factory.mktemp("data"))
     return ["debug=fast", "model.weights=null", "logger=csv", *words]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from trees import write_splits, write_tree
+from trees import write_data
 
 from metaseg.checkpoints import RESUMABLE, AtomicCheckpointIO
 from metaseg.config import config_dir, config_sha256
@@ -24,11 +24,7 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of `STEPS` meta-steps with a checkpoint at each and two validations."""
-    folder = tmp_path_factory.mktemp("data")
-    names = [f"class_{i}" for i in range(6)]
-    root = write_tree(folder / "tree", names)
-    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
-    data = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    data = write_data(tmp_path_factory.mktemp("data"))
     quick = ["debug=fast", "model.weights=null", "logger=csv", "trainer=cpu", "workers=0", "evaluate.validations=2"]
     return [*data, *quick, "checkpoint_every=1", f"trainer.max_steps={STEPS}"]
 

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from test_config import presets
-from trees import write_splits, write_tree
+from trees import write_data
 
 from metaseg.config import config_dir
 from metaseg.errors import ConfigError, DataError
@@ -141,11 +141,7 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    names = [f"class_{i}" for i in range(6)]
-    root = write_tree(folder / "tree", names)
-    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
-    data = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+    data = write_data(tmp_path_factory.mktemp("data"))
     return [*data, "debug=fast", "model.weights=null", "logger=csv", "algo=reptile,finetune"]
 
 

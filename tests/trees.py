@@ -33,6 +33,14 @@ def write_tree(root: Path, classes: Sequence[str], images: int = 10, size: int =
     return root
 
 
+def write_data(folder: Path) -> list[str]:
+    """Write a tree of two classes a split into `folder`; returns the overrides that name it, at 32 pixels."""
+    names = [f"class_{i}" for i in range(6)]
+    root = write_tree(folder / "tree", names)
+    splits = write_splits(folder / "splits.json", names[:2], names[2:4], names[4:])
+    return ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "dataset.image_size=32"]
+
+
 def write_splits(path: Path, train: Sequence[str], val: Sequence[str], test: Sequence[str]) -> Path:
     path.write_text(json.dumps({"train": list(train), "val": list(val), "test": list(test)}))
     return path
