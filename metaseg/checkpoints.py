@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,7 +70,8 @@ class LastCheckpoint(Checkpoint):
 class StopOnSignal(pl.Callback):
     """On SIGTERM or SIGINT finishes the meta-step, writes `last.ckpt` and ends the process with `RESUMABLE`.
 
-    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere.
+    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere; within
+    a second it is taken for the same, which a launcher passes on and the terminal or Slurm sends to all processes.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -77,6 +79,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAST
         self.received: signal.Signals | None = None
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -104,8 +107,11 @@ class StopOnSignal(pl.Callback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, self._before[self.received])  # the second time
+        if self.received == number and time.monotonic() - self._when > 1:
+            signal.signal(number, self._before[self.received])
+            signal.raise_signal(number)
+            return
+        self.received, self._when = signal.Signals(number), time.monotonic()
 
     def _stop(self, step: int) -> None:
         assert self.received is not None

@@ -24,6 +24,7 @@ from metaseg.initialisation import save_initialisation
 from metaseg.models import EfficientLab
 from metaseg.pictures import find_labelled
 from metaseg.run import run as run_config
+from metaseg.sweep import recorded
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import ablations
@@ -52,7 +53,7 @@ def run_here(wanted: Sequence[runs.Run], jobs: int = 1) -> list[Words]:
     todo = [run for run in wanted if not run.done()]
     for run in todo:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run_config(runs.composed(run.overrides), run.folder)
+        recorded(run_config, runs.composed(run.overrides), run.folder)
     return [run.overrides for run in todo]
 
 

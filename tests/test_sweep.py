@@ -3,8 +3,11 @@
 import csv
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from test_config import presets
 from trees import write_data
 
+from metaseg.checkpoints import RESUMABLE
 from metaseg.config import config_dir
 from metaseg.errors import ConfigError, DataError
 from metaseg.summary import failures, latex, main, read_sweep, rows, summarise
-from metaseg.sweep import OUTCOME, read_outcome, recorded, sweep_job
+from metaseg.sweep import OUTCOME, finished, read_outcome, recorded
 
 LAUNCHERS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "submitit", "ray": "ray"}
 
@@ -54,17 +58,24 @@ def test_what_is_no_outcome_is_run_again(tmp_path: Path, broken: str) -> None:
 
 
 @pytest.mark.parametrize(("error", "told"), [(ConfigError("mend it"), "mend it"), (KeyError("k"), "Traceback")])
-def test_a_failure_is_written_down_and_ends_only_its_own_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, told: str
-) -> None:
+def test_a_failure_is_written_down(tmp_path: Path, error: Exception, told: str) -> None:
     def run(config: DictConfig, folder: Path) -> float:
         raise error
 
-    assert math.isnan(sweep_job(run, config(), tmp_path))
-    assert told in read_outcome(tmp_path)["error"]
-    assert told in capsys.readouterr().err
-    with pytest.raises(type(error)):
-        recorded(run, config("skip_done=true"), tmp_path)  # a failed one is never skipped
+    for words in ([], ["skip_done=true"]):  # a failed one is never skipped
+        with pytest.raises(type(error)):
+            recorded(run, config(*words), tmp_path)
+        assert told in read_outcome(tmp_path)["error"]
+
+
+def test_a_run_of_an_initialisation_written_since_has_not_finished(tmp_path: Path) -> None:
+    init = tmp_path / "init.safetensors"
+    init.touch()
+    tests = config("mode=test", f"ckpt_path={init}")
+    recorded(lambda *_: 0.5, tests, tmp_path)
+    assert finished(tests, tmp_path) == 0.5
+    os.utime(init, (time.time() + 10, time.time() + 10))
+    assert finished(tests, tmp_path) is None
 
 
 # The table
@@ -142,7 +153,7 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_data(tmp_path_factory.mktemp("data"))
-    return [*data, "debug=fast", "model.weights=null", "logger=csv", "algo=reptile,finetune"]
+    return [*data, "debug=fast", "model.weights=null", "logger=csv"]
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +173,13 @@ def serial(
     folder = tmp_path_factory.mktemp("serial") / "sweep"
     done = multirun(folder, "evaluate.shots=5,50")
     assert done.returncode == 1
-    assert "metaseg: 2 jobs have not finished: 1, 3. The same command with skip_done=true" in done.stderr
+    assert "metaseg: 1 jobs have not finished: 1. The same command with skip_done=true" in done.stderr
     assert "Lower evaluate.shots" in read_outcome(folder / "1")["error"]
-    before = {n: (folder / n / "results.json").stat().st_mtime_ns for n in "02"}
+    assert "Lower evaluate.shots" in done.stderr
+    before = (folder / "0" / "results.json").stat().st_mtime_ns
     again = multirun(folder, "evaluate.shots=5,4", "skip_done=true")
     assert again.returncode == 0, again.stderr
-    assert {n: (folder / n / "results.json").stat().st_mtime_ns for n in "02"} == before
+    assert (folder / "0" / "results.json").stat().st_mtime_ns == before
     return {job.folder.name: job.headline for job in read_sweep(folder)}
 
 
@@ -183,12 +195,9 @@ def test_every_launcher_gives_the_serial_runs_numbers(
     tmp_path: Path,
 ) -> None:
     pytest.importorskip(LAUNCHERS[launcher])
-    done = multirun(tmp_path / "sweep", "evaluate.shots=5", f"hydra/launcher={launcher}")
+    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stderr
-    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == {
-        "0": serial["0"],
-        "1": serial["2"],
-    }
+    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == serial
 
 
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "submitit_slurm"])
@@ -198,3 +207,26 @@ def test_launchers_compose(launcher: str) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         made = compose("config", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
     assert made.hydra.launcher._target_.startswith("hydra_plugins.")
+
+
+def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    long = ["seed=0,1,2", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "metaseg.run", "-m", *words, *long]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    def wait_for_meta_steps(job: str) -> None:
+        while process.poll() is None and not (folder / job / "checkpoints" / "last.ckpt").exists():
+            time.sleep(0.05)
+
+    wait_for_meta_steps("0")
+    (job,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(job), signal.SIGKILL)
+    wait_for_meta_steps("1")
+    process.send_signal(signal.SIGTERM)  # to Hydra's process alone
+    _, stderr = process.communicate()
+    assert process.returncode == RESUMABLE, stderr
+    assert "killed by SIGKILL; the machine may be out of memory" in read_outcome(folder / "0")["error"]
+    assert "stopped by SIGTERM at meta-step" in stderr
+    assert read_outcome(folder / "1") is None
+    assert not (folder / "2").exists()  # not begun
