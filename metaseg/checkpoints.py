@@ -68,13 +68,15 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopOnSignal(pl.Callback):
-    """On SIGTERM or SIGINT finishes the meta-step, writes `last.ckpt` and ends the process with `RESUMABLE`.
+    """On SIGTERM, SIGINT or SIGUSR2 finishes the meta-step, writes `last.ckpt`, ends the process with `RESUMABLE`.
+
+    SIGUSR2 is what submitit has Slurm send before a job's time is over.
 
     A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere; within
     a second it is taken for the same, which a launcher passes on and the terminal or Slurm sends to all processes.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAST

@@ -104,12 +104,20 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
     if done is not None:
         return done
     (folder / OUTCOME).unlink(missing_ok=True)
-    logging = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
-    job = {"config": plain(config), "folder": str(folder), "logging": logging}
+    hydra = HydraConfig.get()
+    told = {
+        "config": plain(config),
+        "folder": str(folder),
+        "logging": OmegaConf.to_container(hydra.job_logging, resolve=True),
+    }
+    # submitit divides no threads, unlike joblib and Ray; torch would take all of the machine's
+    threads = hydra.launcher.get("cpus_per_task")
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     # not by multiprocessing, which joblib's and Ray's workers have bent to their own ways
-    process = subprocess.Popen([sys.executable, "-c", f"import {__name__} as s; s.job()"], stdin=PIPE, text=True)
+    command = [sys.executable, "-c", f"import {__name__} as s; s.job()"]
+    process = subprocess.Popen(command, stdin=PIPE, text=True, env=environment)
     with _passing_on(process) as received:
-        process.communicate(json.dumps(job))
+        process.communicate(json.dumps(told))
     if process.returncode == RESUMABLE:
         raise Stopped
     if received:
@@ -136,7 +144,10 @@ def job() -> None:
 
 @contextmanager
 def _passing_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Meanwhile what tells this process to stop tells the job's; yields the signals received."""
+    """Meanwhile what tells this process to stop tells the job's; yields the signals received.
+
+    Not where a launcher has plans for them: submitit queues the job again, and Slurm tells all processes by itself.
+    """
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -144,10 +155,13 @@ def _passing_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
         if number == signal.SIGTERM:  # Ctrl-C reaches it by itself
             process.terminate()
 
-    if threading.current_thread() is not threading.main_thread():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    unplanned = all(handler in (signal.SIG_DFL, signal.default_int_handler) for handler in before.values())
+    if not unplanned or threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         yield received
     finally:

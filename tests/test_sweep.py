@@ -209,6 +209,54 @@ def test_launchers_compose(launcher: str) -> None:
     assert made.hydra.launcher._target_.startswith("hydra_plugins.")
 
 
+SBATCH = """#!/bin/bash
+# a cluster of one node that begins the tasks of an array at once
+script=$1
+cp "$script" "$0.seen"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+for task in $(seq 0 "$last"); do
+  SLURM_JOB_ID=7_$task SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NAME=metaseg SLURM_NTASKS=1 \
+  SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=localhost \
+  nohup bash "$script" >/dev/null 2>&1 &
+done
+echo "Submitted batch job 7"
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do  # its own options
+  [[ $1 == --unbuffered ]] || shift
+  shift
+done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script that sbatch was given, later; sacct knows nothing yet, as on a slow cluster."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {"sbatch": SBATCH, "srun": SRUN, "sacct": "#!/bin/sh\n"}.items():
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tools / "sbatch.seen"
+
+
+def test_slurm_runs_the_jobs_as_an_array(
+    slurm: Path,
+    serial: dict[str, float | None],
+    multirun: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("submitit")
+    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", "hydra/launcher=submitit_slurm")
+    assert done.returncode == 0, done.stderr
+    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == serial
+    asked = slurm.read_text()
+    for option in ("array=0-1%2", "gpus-per-node=1", "cpus-per-task=4", "mem=16GB", "time=1440", "signal=USR2@120"):
+        assert f"#SBATCH --{option}\n" in asked
+
+
 def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     long = ["seed=0,1,2", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
