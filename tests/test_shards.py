@@ -384,13 +384,17 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="two splits, or twice"):
         write_shards(Named("a", "a"), tmp_path / "out", 1)
     with pytest.raises(DataError, match="no task to write"):
         write_shards(Named(), tmp_path / "out", 1)
     with pytest.raises(DataError, match="images of 40²"):
         write_shards(Named("a", image_size=40), tmp_path / "out", 1)
+    monkeypatch.setattr(shards, "MOST_NAMES", 20)
+    with pytest.raises(DataError, match="2 names take 0 MB .* give shorter names"):
+        write_shards(Named("a", "b"), tmp_path / "out", 1)
+    monkeypatch.undo()
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine.txt").touch()
     with pytest.raises(DataError, match="already there"):

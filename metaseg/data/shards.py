@@ -41,6 +41,7 @@ FORMAT = 1
 META, TASKS, IMAGES = "shards.json", "tasks.npy", "images.npy"
 IMAGE = np.dtype([("start", "<u8"), ("image", "<u4"), ("mask", "<u4")])
 BLOCK = tarfile.BLOCKSIZE
+MOST_NAMES = 95_000_000  # bytes as JSON: the head of a safetensors file, 100 MB, has to hold them
 TOGETHER = 256  # tasks that the writer has in memory
 CURE = "copy the folder again, or write it again with python -m metaseg.shard"
 
@@ -250,7 +251,7 @@ def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
     names = {split: sorted(source.names(split)) for split in SPLITS}
     every = list(chain.from_iterable(names.values()))
     _check_image_size(source.image_size, source.name)
-    _check_names(every)
+    _check_names(every, source.family)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
     partial.mkdir(parents=True)
@@ -362,8 +363,8 @@ def _decoded(content: bytes, mode: str, size: int, where: str) -> UInt8:
         raise DataError(f"{where}: no PNG file ({error}): {CURE}") from error
 
 
-def _check_names(names: Sequence[str]) -> None:
-    """Refuse names that a tar file or its readers would not give back."""
+def _check_names(names: Sequence[str], family: str) -> None:
+    """Refuse names that a tar file or its readers would not give back, or an initialisation cannot keep."""
     if not names:
         raise DataError("there is no task to write: put at least one class into a split")
     if len(set(names)) != len(names):
@@ -376,6 +377,12 @@ def _check_names(names: Sequence[str]) -> None:
                 f"the task {name!r} cannot be in shards: give it a name of 1 to 155 bytes of UTF-8, without '/', that "
                 "does not begin with '.'"
             )
+    kept = len(json.dumps(json.dumps([f"{family}/{name}" for name in names])))
+    if kept > MOST_NAMES:
+        raise DataError(
+            f"the {len(names)} names take {kept / 1e6:.0f} MB in an initialisation, which says what it has seen, and "
+            f"its file has room for {MOST_NAMES / 1e6:.0f} MB: give shorter names"
+        )
 
 
 def _checked(meta: Any, path: str) -> dict[str, Any]:
