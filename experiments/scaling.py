@@ -202,7 +202,7 @@ def tables(done: dict[str, Any]) -> dict[str, str]:
     fitted, size = done["model"], done["reduced_bytes"]
     t_outer, smallest = fitted["t_outer"], done["steps"][0]["size"]
     episodes = {int(key): value for key, value in fitted["t_episode"].items()}
-    where = f"`{done['command']}`, commit {done['commit']}, {done['machine']}."
+    where = f"`{done['command']}`, commit {str(done['commit'])[:7]}, {done['machine']}."
     steps = [
         [
             f"{row['size']}²",
@@ -253,7 +253,8 @@ def tables(done: dict[str, Any]) -> dict[str, str]:
     many = [
         [
             row["tasks"] if isinstance(row["tasks"], str) else f"{row['tasks']:,}",
-            *(f"{row[key] / 1e6:.1f}" if row[key] is not None else "" for key in ("index_bytes", "images_bytes")),
+            f"{row['index_bytes'] / 1e6:.1f}" if row["index_bytes"] is not None else "",
+            f"{row['images_bytes'] / 1e9:.2f}" if row["images_bytes"] is not None else "",
             f"{row['open_s']:.2f}" if row["open_s"] is not None else "",
             f"{row['splits_sha256_s']:.2f}",
             f"{row['seen_bytes'] / 1e6:.2f}, {row['seen_s']:.2f}",
@@ -262,7 +263,7 @@ def tables(done: dict[str, Any]) -> dict[str, str]:
         ]
         for row in done["tasks"]
     ]
-    columns = ["tasks", "index, MB", "images, MB", "open, s", "hash of splits, s", "`seen`, MB and s a checkpoint"]
+    columns = ["tasks", "index, MB", "images, GB", "open, s", "hash of splits, s", "`seen`, MB and s a checkpoint"]
     columns += ["load, ms an episode", "draw with its mini-batches, ms"]
     need = []
     for faster in (1, FASTER):

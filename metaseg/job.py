@@ -197,7 +197,7 @@ def fingerprint(job: Job) -> str:
         key: value
         for key, value in named["dataset"].items()
         if key not in ("cache_dir", "workers") and not key.endswith("root")
-    }
+    } | {"image_size": job.source.image_size}  # which a configuration may leave to the data
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     for name, tensor in sorted(job.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

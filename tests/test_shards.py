@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from trees import write_data, write_splits, write_tree
 
@@ -29,6 +31,7 @@ from metaseg.data.folder import FolderSource
 from metaseg.data.shards import IMAGE, IMAGES, META, TASKS, ShardSource, write_index, write_shards
 from metaseg.data.source import SPLITS, TaskSource, image_counts, splits_sha256
 from metaseg.errors import ConfigError, DataError
+from metaseg.job import build, fingerprint
 from metaseg.run import run
 
 CLASSES = ["Ähre", "ant", "a.b", "bee", "cow", "dog"]
@@ -189,6 +192,18 @@ def test_a_million_tasks_are_not_a_million_strings(original: FolderSource, tmp_p
     assert held < 2**20
     assert peak < 32 * 2**20  # the counts, once
     assert list(source.names("val")) == [f"{i:07}" for i in range(million - 20, million - 10)]
+
+
+def test_a_search_is_of_one_image_size(original: FolderSource, written: Path, tmp_path: Path) -> None:
+    larger = FolderSource(original.root, original._listed, image_size=48, min_images=6)
+    write_shards(larger, tmp_path / "larger", 2**20)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        words = ["mode=uho", "algo=finetune", "model.weights=null", "dataset=shards", f"dataset.root={written}"]
+        config = compose("config", overrides=[*words, "evaluate.shots=3", "evaluate.queries=3"])
+    job = build(config)
+    moved = OmegaConf.merge(config, {"dataset": {"root": str(tmp_path / "larger")}})
+    assert fingerprint(replace(job, source=ShardSource(written))) == fingerprint(job)
+    assert fingerprint(replace(job, config=moved, source=ShardSource(tmp_path / "larger"))) != fingerprint(job)
 
 
 # Damage
@@ -365,10 +380,10 @@ def test_long_names_and_names_of_any_script_come_back(tmp_path: Path) -> None:
     source = Named("a" * 155, "é" * 77, "中文", "a b", "__x__")
     source._names = tuple(sorted(source._names))
     write_shards(source, tmp_path / "out", 1)
-    assert_tasks = ShardSource(tmp_path / "out")
-    assert list(assert_tasks.names("train")) == list(source.names("train"))
+    found = ShardSource(tmp_path / "out")
+    assert list(found.names("train")) == list(source.names("train"))
     assert len(list((tmp_path / "out").glob("*.tar"))) == 5
-    assert all((assert_tasks.load(name, [0])[0] == len(name)).all() for name in source.names("train"))
+    assert all((found.load(name, [0])[0] == len(name)).all() for name in source.names("train"))
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
