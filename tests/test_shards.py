@@ -90,15 +90,18 @@ def test_shards_give_what_the_original_gives(original: FolderSource, written: Pa
         ShardSource(written).load("ant", [0, -1])
 
 
-def test_they_may_lie_behind_a_url(original: FolderSource, written: Path) -> None:
+def test_they_may_lie_behind_a_url(original: FolderSource, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
     for path in written.iterdir():
         memory.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
     assert_same(ShardSource("memory://bucket/data"), original)
     assert_same(ShardSource("memory://bucket/data/"), original)
     memory.pipe_file("/bucket/data/shard-000000.tar", b"short")
-    with pytest.raises(DataError, match=r"memory://bucket/data/shard-000000.tar|gave 0 bytes"):
+    with pytest.raises(DataError, match="memory://bucket/data/shard-000000.tar gave 0 bytes"):
         ShardSource("memory://bucket/data").load(original.names("train")[0], [1])
+    monkeypatch.setattr(type(memory), "cat_ranges", lambda *_, **__: [bytes(10**5)])
+    with pytest.raises(DataError, match="gave 100000 bytes from .*server does not know ranges"):
+        ShardSource("memory://bucket/data").load("dog", [1])
     with pytest.raises(DataError, match="memory://elsewhere/shards.json"):
         ShardSource("memory://elsewhere")
     with pytest.raises(DataError, match="nosuch.*mend the URL"):

@@ -172,14 +172,15 @@ class ShardSource:
         """These ranges of bytes, fetched side by side where the storage is far away."""
         try:
             # anew: it costs microseconds, and a connection does not survive a fork
-            storage, path = url_to_fs(path)
-            starts, ends = (list(part) for part in zip(*ranges, strict=True)) if ranges else ([], [])
-            found: list[bytes] = storage.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")
+            storage, at = url_to_fs(path)
+            starts, ends = ([pair[i] for pair in ranges] for i in (0, 1))
+            found: list[bytes] = storage.cat_ranges([at] * len(ranges), starts, ends, on_error="raise")
         except Exception as error:  # each protocol has its own
             raise _unreachable(path, error) from error
         for part, (start, end) in zip(found, ranges, strict=True):
             if len(part) != end - start:
-                raise DataError(f"{path} gave {len(part)} bytes from {start} on instead of {end - start}: {CURE}")
+                cure = CURE if len(part) < end - start else "its server does not know ranges of bytes: take another one"
+                raise DataError(f"{path} gave {len(part)} bytes from {start} on instead of {end - start}: {cure}")
         return found
 
     def _at(self, name: str) -> str:
