@@ -258,7 +258,7 @@ def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
     partial.mkdir(parents=True)
     try:
         tasks = np.zeros(len(every), task_type(max(len(name.encode()) for name in every)))
-        images, shards, tar = bytearray(), 1, _new(partial, 0)
+        images, shards = bytearray(), 1
         pending = track(_encoded(source, every), "writing shards", len(every), transient=True)
         tar = _new(partial, 0)
         for row, (name, files) in enumerate(zip(every, pending, strict=True)):
