@@ -3,11 +3,13 @@
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 
 from metaseg.algos import Algorithm
@@ -28,6 +30,25 @@ def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     """Bring θ about, estimate its error with ω, report both; returns the headline metric."""
     started = time.perf_counter()
     about = initialise(job, loggers, folder)
+    return headline(test(job, about, loggers, folder, started)[0])
+
+
+def test(
+    job: Job, about: About, loggers: Sequence[Logger], folder: Path, started: float, **more: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Estimate the error of the θ in `job.net` with ω, and report both.
+
+    Args:
+        job: what ran.
+        about: what is known of θ.
+        loggers: of the run.
+        folder: of the run.
+        started: when, by `time.perf_counter`.
+        more: for the head of results.json.
+
+    Returns:
+        What results.json and per_task.csv hold.
+    """
     save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
     job.net.to(device_of(job.config))
     update, validations, evaluations = score(job)
@@ -37,10 +58,16 @@ def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         **describe(job, about),
         "wall_s": round(time.perf_counter() - started, 1),
         "val_iou_by_lr": {f"{lr:g}": evaluation.iou for lr, evaluation in validations.items()},
+        **more,
     }
-    report(head, evaluations, loggers, folder)
+    results = report(head, evaluations, loggers, folder)
     write_card(folder / "init.safetensors")
-    return evaluations["test" if "test" in evaluations else "val"].iou
+    return results, list(evaluations.values())[-1].rows()
+
+
+def headline(results: Mapping[str, Any]) -> float:
+    """Mean IoU on the test tasks of a results.json; on the validation tasks if it has none. In [0, 1]."""
+    return float((results["test"] or results["val"])["iou"]["mean"])
 
 
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
@@ -50,8 +77,8 @@ def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
     return load(job)
 
 
-def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path) -> Path:
-    """Meta-train; returns the checkpoint with the best validation IoU."""
+def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], folder: Path, *more: Callback) -> Path:
+    """Meta-train, with `more` callbacks; returns the checkpoint with the best validation IoU."""
     config, steps = job.config, job.config.trainer.max_steps
     module = MetaModule(
         job.net,
@@ -75,7 +102,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         leftover.unlink()  # of a process that was killed while it wrote
     trainer = create(
         config.trainer,
-        callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar()],
+        callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar(), *more],
         plugins=[AtomicCheckpointIO()],
         logger=loggers,
         default_root_dir=folder,

@@ -14,12 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 
 from metaseg.checkpoints import LAST
-from metaseg.config import check_overrides, config_dir, expand_update, trains
+from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, trains
 from metaseg.curves import curves
 from metaseg.errors import ConfigError, UserError
 from metaseg.fit import train_and_test
 from metaseg.job import Job, build
 from metaseg.report import close_loggers, make_loggers
+from metaseg.search import search
 from metaseg.uho import uho
 
 
@@ -67,6 +68,7 @@ MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {
     "fit": train_and_test,
     "test": train_and_test,
     "uho": uho,
+    "search": search,
     "curves": curves,
 }
 
@@ -93,7 +95,7 @@ def launch(hydra_main: Callable[[], Any]) -> None:
     # of a launcher's preset that has the plugin's own name, which is the name that people know
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     try:
-        sys.argv[1:] = expand_update(sys.argv[1:])
+        sys.argv[1:] = expand_workers(expand_update(sys.argv[1:]))
         check_overrides(sys.argv[1:])
         hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
