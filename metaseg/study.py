@@ -6,7 +6,7 @@ a dead worker's is told as failed, and its place is free. So the death of a work
 
 Workers do not ask for the same point: Optuna's `GPSampler` (read in 5.0.0) takes RUNNING trials into its expected
 improvement (qLogEI, over what they may yet yield) as soon as their parameters are known, and random trials are drawn
-by their own number.
+by their own number. Only two that ask while the other's Gaussian process is being fitted may get points alike.
 """
 
 import os
