@@ -60,7 +60,11 @@ def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
     made: dict[str, BaseDistribution] = {}
     values = {key: value for group in TRAINING for key, value in _leaves(plain(config)[group], group)}
     space = config.search.space
-    for key, entry in _leaves(plain(space) if OmegaConf.is_dict(space) else space, ""):
+    if not OmegaConf.is_dict(space) or not space:
+        raise ConfigError(
+            f"search.space={space} holds nothing: give ranges, as {{update: {{lr: {{low: 0.01, high: 1}}}}}}"
+        )
+    for key, entry in _leaves(plain(space), ""):
         name = f"search.space.{key}"
         if key not in values:
             near = " or ".join(difflib.get_close_matches(key, values, n=2, cutoff=0.0))
@@ -76,8 +80,6 @@ def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
             except ConfigError as error:
                 raise ConfigError(f"{name} reaches {end}, but {error}") from None
         _check_holds(name, made[key], key, value)
-    if not made:
-        raise ConfigError("search.space is empty: give ranges, as +search.space.algo.outer.lr={low: 0.01, high: 1}")
     return made
 
 
