@@ -96,7 +96,7 @@ def worker(place: str, folder: Path, trials: int, hangs: bool) -> None:
 
 
 def test_a_killed_worker_costs_its_trial_and_nothing_else(place: str, tmp_path: Path) -> None:
-    workers = [FORK.Process(target=worker, args=(place, tmp_path, 8, hangs)) for hangs in (True, False, False)]
+    workers = [FORK.Process(target=worker, args=(place, tmp_path, 6, hangs)) for hangs in (True, False, False)]
     for one in workers:
         one.start()
     while not (tmp_path / "hangs").exists():
@@ -108,7 +108,7 @@ def test_a_killed_worker_costs_its_trial_and_nothing_else(place: str, tmp_path: 
     assert [one.exitcode for one in workers[1:]] == [0, 0]
     study = opened(place)
     complete = finished(study)
-    assert len(complete) == 8
+    assert len(complete) == 6
     assert TrialState.RUNNING not in [trial.state for trial in study.trials]
     assert len([trial for trial in study.trials if trial.user_attrs["worker"]["pid"] == workers[0].pid]) >= 1
     assert [trial.params for trial in complete if trial.user_attrs.get("default")] == [DEFAULT]
