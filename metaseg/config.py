@@ -21,7 +21,8 @@ from metaseg.errors import ConfigError
 from metaseg.initialisation import check_trusted, read_about
 from metaseg.update import Update
 
-MODES = ("fit_test", "fit", "test", "uho", "curves")
+MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
+SEARCHES = ("uho", "search")  # modes of which several workers may share a study
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
@@ -96,6 +97,20 @@ def expand_update(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
+def expand_workers(arguments: Sequence[str]) -> list[str]:
+    """Make of `uho.workers=N` or `search.workers=N` a multirun over `worker`, by joblib if no launcher is named."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    wanted = [given[key] for mode in SEARCHES if (key := f"{mode}.workers") in given]
+    if not wanted or not wanted[0].isdecimal() or int(wanted[0]) < 2 or "worker" in given:
+        return list(arguments)
+    more = [f"worker={','.join(map(str, range(int(wanted[0]))))}"]
+    if "hydra/launcher" not in given:
+        more.append("hydra/launcher=joblib")
+        if "hydra.launcher.n_jobs" not in given:
+            more.append(f"hydra.launcher.n_jobs={wanted[0]}")
+    return [*([] if {"-m", "--multirun"} & given.keys() else ["-m"]), *arguments, *more]
+
+
 def _leaves(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict):
@@ -144,7 +159,7 @@ def config_sha256(config: DictConfig) -> str:
     """SHA-256 (hex) of what decides a run's numbers: two runs of one hash and one commit agree."""
     keys: tuple[str, ...] = ("mode", "seed", "ckpt_path", "algo", "dataset", "update", "model", "evaluate")
     container = plain(config)
-    keys += (config.mode,) if config.mode in ("uho", "curves") else ()
+    keys += (config.mode,) if config.mode in ("uho", "search", "curves") else ()
     named = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         named["dataset"].pop(key, None)
@@ -162,7 +177,7 @@ def initialisations(config: DictConfig) -> list[Path]:
 
 def trains(config: DictConfig) -> bool:
     """Whether the run meta-trains."""
-    return config.mode in ("fit_test", "fit") and config.algo.method is not None
+    return config.mode in ("fit_test", "fit", "search") and config.algo.method is not None
 
 
 def check(config: DictConfig) -> None:
@@ -190,6 +205,16 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     learns = config.algo.method is not None
     yield mode not in MODES, f"mode={mode}: choose {', '.join(MODES)}"
     yield mode == "fit" and not learns, f"algo={config.algo.name} has nothing to fit: use mode=fit_test or mode=test"
+    yield (
+        mode == "search" and not learns,
+        f"algo={config.algo.name} has nothing to meta-train, so nothing to search: use algo=reptile, fomaml, "
+        "fomaml_star or joint; for its update procedure mode=uho",
+    )
+    yield (
+        mode == "search" and path is not None,
+        f"ckpt_path={path}: each trial of mode=search meta-trains anew, so leave it null; the same command goes on "
+        "with the study, and model.weights=PATH begins all trials from other weights",
+    )
     yield (
         mode in ("test", "uho") and learns and path is None,
         f"mode={mode} of algo={config.algo.name} needs ckpt_path=PATH of a .ckpt or init.safetensors; for the ImageNet "
@@ -221,6 +246,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         f"evaluate.lrs={lrs}: give a list of numbers above 0, as [0.02,0.05], or null to test update.lr",
     )
     yield from _uho_rules(config)
+    yield from _search_rules(config)
     yield from _curves_rules(config)
     yield _whole("checkpoint_every", config.checkpoint_every, 1, "meta-steps")
     yield _whole("workers", config.workers, 0)
@@ -248,8 +274,6 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
 def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     uho, update, searches = config.uho, config["update"], config.mode == "uho"
     yield not _ascending(uho.steps), f"uho.steps={uho.steps}: give ascending steps from 1, as [10,30]"
-    for name in ("trials", "random"):
-        yield _whole(f"uho.{name}", uho[name], 1)
     yield (
         searches and config.evaluate.lrs is not None,
         f"evaluate.lrs={config.evaluate.lrs}: mode=uho searches the learning rate itself, so leave it null",
@@ -260,6 +284,30 @@ def _uho_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         "use update.schedule._target_=metaseg.update.Constant",
     )
     yield searches and update.stopping is not None, "mode=uho chooses the steps itself: leave update.stopping null"
+
+
+def _search_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
+    """Of both modes that search, and of their workers."""
+    mode, worker = config.mode, config.worker
+    for search in SEARCHES:
+        for name in ("trials", "random", "workers"):
+            yield _whole(f"{search}.{name}", config[search][name], 1)
+    yield _whole("worker", worker, 0, null="for a run alone")
+    yield (
+        worker is not None and mode not in SEARCHES,
+        f"worker={worker}, but mode={mode}: only mode=uho and mode=search have workers",
+    )
+    wanted = config[mode].workers if mode in SEARCHES else 1
+    yield (
+        wanted > 1 and worker is None,
+        f"{mode}.workers={wanted} belongs on the command line, which makes a multirun of it; from elsewhere start "
+        f"each worker with {mode}.workers=1 worker=0 and so on",
+    )
+    yield (
+        mode == "search" and config.evaluate.lrs is not None,
+        f"evaluate.lrs={config.evaluate.lrs}: mode=search compares trials at their one update.lr, which search.space "
+        "may hold, so leave it null",
+    )
 
 
 def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:

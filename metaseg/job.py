@@ -23,7 +23,7 @@ from metaseg.errors import WeightsError
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
-from metaseg.space import distributions
+from metaseg.space import distributions, training_distributions
 from metaseg.update import Update
 
 
@@ -61,6 +61,8 @@ def build(config: DictConfig) -> Job:
         evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
     if config.mode == "uho":
         distributions(config.uho.space, update)
+    if config.mode == "search":
+        training_distributions(config)
     algo = inner = None
     if trains(config):
         algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
@@ -178,15 +180,20 @@ def describe(job: Job, about: About) -> dict[str, Any]:
 
 
 def fingerprint(job: Job) -> str:
-    """SHA-256 (hex) of what decides the numbers of UHO: θ and its network, tasks and episodes, ω, engine and space.
+    """SHA-256 (hex) of what decides a search's numbers: θ and its network, tasks and episodes, ω, engine and space.
 
-    Not of how long the search shall go on, where it is kept, and which test tasks are met at its end.
+    For mode=search meta-training too. Not of how long the search shall go on and by how many workers, where it is
+    kept, and which test tasks are met at its end.
     """
     config = plain(job.config)
+    mode, e = config["mode"], config["evaluate"]
     named = {key: config[key] for key in ("dataset", "update", "engine")}
     named["model"] = {key: value for key, value in config["model"].items() if key != "weights"}
-    named["uho"] = {key: value for key, value in config["uho"].items() if key not in ("trials", "storage")}
-    named["evaluate"] = {key: config["evaluate"][key] for key in ("shots", "queries", "draws", "val_tasks", "seed")}
+    named[mode] = {key: value for key, value in config[mode].items() if key not in ("trials", "storage", "workers")}
+    named["evaluate"] = {key: e[key] for key in ("shots", "queries", "draws", "val_tasks", "seed")}
+    if mode == "search":
+        named |= {key: config[key] for key in ("algo", "seed")}
+        named |= {"validations": e["validations"], "max_steps": config["trainer"]["max_steps"]}
     named["splits"] = job.about.splits_sha256
     named["images"] = {
         task: count

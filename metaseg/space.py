@@ -1,17 +1,22 @@
-"""The space of update procedures that is searched: Optuna's distributions of ω's fields, out of the configuration."""
+"""The spaces that are searched, as Optuna's distributions: of ω's fields (mode=uho), of any values (mode=search)."""
 
-from collections.abc import Mapping
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from metaseg.config import plain
+from metaseg.config import check, plain
 from metaseg.errors import ConfigError
 from metaseg.update import Update
 
 SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "augment", "batchnorm", "adapts")
+TRAINING = ("algo", "update", "model")  # groups whose values mode=search may choose: the others decide what is scored
+ALONE = {"mode": "fit", "worker": None}  # what makes a meta-training of its own of a search's configuration
+_KEYS = ("choices", "low", "high", "log")
 
 
 def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistribution]:
@@ -28,7 +33,7 @@ def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistributi
     for name, entry in plain(space).items():
         if name not in SEARCHABLE:
             raise ConfigError(f"uho.space.{name}: choose from {', '.join(SEARCHABLE)}; steps come from uho.steps")
-        made[name] = _distribution(name, entry)
+        made[name] = _distribution(f"uho.space.{name}", entry, whole=name == "batch_size")
     for name, distribution in made.items():
         for value in _ends(distribution):
             try:
@@ -36,11 +41,7 @@ def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistributi
             except ConfigError as error:
                 raise ConfigError(f"uho.space.{name} reaches {value}, but {error}") from None
         value = getattr(update, name)
-        if not _holds(distribution, value):
-            raise ConfigError(
-                f"uho.space.{name} does not hold update.{name}={value}: widen it, change that, or leave it out of the "
-                f"search with ~uho.space.{name}"
-            )
+        _check_holds(f"uho.space.{name}", distribution, f"update.{name}", value)
     return made
 
 
@@ -49,20 +50,77 @@ def point(space: Mapping[str, BaseDistribution], update: Update) -> dict[str, An
     return {name: getattr(update, name) for name in space}
 
 
-def _distribution(name: str, entry: Any) -> BaseDistribution:
+def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
+    """Optuna's distributions of `search.space`, by dotted key of the configuration.
+
+    Raises:
+        ConfigError: if there is no such key, a range is none or of what is no number, the configuration with one of
+            its ends cannot work, or it does not hold what is configured.
+    """
+    made: dict[str, BaseDistribution] = {}
+    values = {key: value for group in TRAINING for key, value in _leaves(plain(config)[group], group)}
+    space = config.search.space
+    if not OmegaConf.is_dict(space) or not space:
+        raise ConfigError(
+            f"search.space={space} holds nothing: give ranges, as {{update: {{lr: {{low: 0.01, high: 1}}}}}}"
+        )
+    for key, entry in _leaves(plain(space), ""):
+        name = f"search.space.{key}"
+        if key not in values:
+            near = " or ".join(difflib.get_close_matches(key, values, n=2, cutoff=0.0))
+            raise ConfigError(f"{name}: there is no such value in {', '.join(TRAINING)}; did you mean {near}?")
+        value = values[key]
+        if "choices" not in entry and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{name}: {key}={value} is no number, so give choices, as {{choices: [{value}, …]}}")
+        ends = [entry.get(end) for end in ("low", "high")] if isinstance(entry, dict) else []
+        made[key] = _distribution(name, entry, whole=all(isinstance(number, int) for number in (value, *ends)))
+        for end in _ends(made[key]):
+            try:
+                check(with_values(config, {**ALONE, key: end}))
+            except ConfigError as error:
+                raise ConfigError(f"{name} reaches {end}, but {error}") from None
+        _check_holds(name, made[key], key, value)
+    return made
+
+
+def with_values(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """The configuration with these values, by dotted key."""
+    made = copy.deepcopy(config)
+    for key, value in values.items():
+        OmegaConf.update(made, key, value, merge=False)
+    return made
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Values, or entries of a space, by dotted key."""
+    if isinstance(node, dict) and not node.keys() & set(_KEYS):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def _distribution(name: str, entry: Any, whole: bool) -> BaseDistribution:
     keys = set(entry) if isinstance(entry, dict) else set()
     if keys == {"choices"} and isinstance(entry["choices"], list) and entry["choices"]:
         return CategoricalDistribution(entry["choices"])
     if keys not in ({"low", "high"}, {"low", "high", "log"}):
         raise ConfigError(
-            f"uho.space.{name}={entry}: give choices, or low and high (and log: true), not both; to take a key away: "
-            f"~uho.space.{name}.choices"
+            f"{name}={entry}: give choices, or low and high (and log: true), not both; to take a key away: "
+            f"~{name}.choices"
         )
     try:
         # numbers such as 1 are whole in YAML, whatever the field is
-        return IntDistribution(**entry) if name == "batch_size" else FloatDistribution(**entry)
+        return IntDistribution(**entry) if whole else FloatDistribution(**entry)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"uho.space.{name}={entry}: give numbers, low below high ({error})") from error
+        raise ConfigError(f"{name}={entry}: give numbers, low below high ({error})") from error
+
+
+def _check_holds(name: str, distribution: BaseDistribution, key: str, value: Any) -> None:
+    if not _holds(distribution, value):
+        raise ConfigError(
+            f"{name} does not hold {key}={value}: widen it, change that, or leave it out of the search with ~{name}"
+        )
 
 
 def _ends(distribution: BaseDistribution) -> list[Any]:

@@ -24,6 +24,7 @@ from metaseg.errors import DataError, UserError
 from metaseg.sweep import read_outcome
 
 SEED = "seed"
+WORKER = "worker"
 
 
 class Job(NamedTuple):
@@ -97,6 +98,15 @@ def rows(jobs: Sequence[Job]) -> list[Row]:
 def failures(folder: Path) -> list[Path]:
     """Folders of the jobs that have not finished."""
     return [job.folder for job in read_sweep(folder) if job.headline is None]
+
+
+def incomplete_studies(folder: Path) -> int | None:
+    """Of how many studies no worker has finished; None if the jobs are no workers."""
+    studies: dict[frozenset[tuple[str, str]], list[float]] = {}
+    for job in (jobs := read_sweep(folder)):
+        done = studies.setdefault(frozenset(job.values.items() - {(WORKER, job.values.get(WORKER, ""))}), [])
+        done += [] if job.headline is None else [job.headline]
+    return sum(not done for done in studies.values()) if any(WORKER in job.values for job in jobs) else None
 
 
 def summarise(folder: Path) -> list[Row]:

@@ -178,15 +178,23 @@ def _how_it_died(exit_code: int) -> str:
 
 
 class SummaryAtTheEnd(Callback):
-    """Hydra's callback: when all jobs have ended, a summary of the sweep; the exit code is 1 if any has failed."""
+    """Hydra's callback: when all jobs have ended, a summary of the sweep; the exit code is 1 if any has failed.
+
+    Workers on one study are no table: there one result is enough, as it means that the study is complete.
+    """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the summary of the sweep's folder."""
-        from metaseg.summary import failures, summarise  # with all its imports only now: launchers load this module
+        from metaseg.summary import failures, incomplete_studies, summarise  # only now: launchers load this module
 
         folder = Path(config.hydra.sweep.dir)
-        summarise(folder)
         failed = failures(folder)
+        studies = incomplete_studies(folder)
+        if studies is None:
+            summarise(folder)
+        elif failed and not studies:
+            sys.stderr.write(f"metaseg: {len(failed)} workers have not finished; the others did without them\n")
+            return
         if failed:
             sys.exit(
                 f"metaseg: {len(failed)} jobs have not finished: {', '.join(path.name for path in failed)}. The same "

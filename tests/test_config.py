@@ -227,7 +227,7 @@ def test_right_overrides_pass(right: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "cure"),
     [
-        (["mode=tset"], "choose fit_test, fit, test, uho, curves"),
+        (["mode=tset"], "choose fit_test, fit, test, uho, search, curves"),
         (["mode=test"], "needs ckpt_path=PATH"),
         (["mode=fit", "algo=finetune"], "nothing to fit"),
         (["mode=test", "ckpt_path=/no/such.ckpt"], "no such file"),

@@ -26,8 +26,9 @@ from metaseg.compare import compare
 from metaseg.config import config_dir, expand_update
 from metaseg.data.fpk import FPK_CLASSES
 from metaseg.errors import ConfigError, DataError, WeightsError
+from metaseg.fit import validation_interval
 from metaseg.initialisation import load_initialisation, read_about
-from metaseg.run import run, validation_interval
+from metaseg.run import run
 
 CLASSES = [f"class_{i}" for i in range(8)]
 
@@ -259,7 +260,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     common = (*data, *same, "logger=csv", "evaluate.validations=2", "checkpoint_every=1")
     whole = job(tmp_path / "whole", *common)
     with monkeypatch.context() as patch:
-        patch.setattr("metaseg.run.MetaProgressBar", lambda: Stop(after))
+        patch.setattr("metaseg.fit.MetaProgressBar", lambda: Stop(after))
         with pytest.raises(RuntimeError, match="killed"):
             job(tmp_path / "killed", *common)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
@@ -302,7 +303,7 @@ def test_a_failed_run_says_so_to_wandb(data: tuple[str, ...], tmp_path: Path, mo
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("metaseg.run.score", fail)
+    monkeypatch.setattr("metaseg.fit.score", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         job(tmp_path, *data, "algo=finetune")
     assert wandb.run is None
