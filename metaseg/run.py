@@ -29,6 +29,7 @@ from metaseg.errors import ConfigError, UserError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
 from metaseg.job import Job, build, create, describe, device_of, load, scoring, splits_to_score
+from metaseg.lineage import log_init, use_inits
 from metaseg.module import MetaModule
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
 from metaseg.uho import uho
@@ -51,7 +52,10 @@ def run(config: DictConfig, folder: Path) -> float:
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
+        use_inits(loggers, config)
         headline = MODES[config.mode](job, loggers, folder)
+        if config.mode in ("fit", "fit_test", "uho"):  # the others leave what they were given
+            log_init(loggers, folder / "init.safetensors")
         exit_code = 0
     finally:
         close_loggers(loggers, exit_code)
@@ -158,7 +162,8 @@ def score(job: Job) -> tuple[Update, dict[float, Evaluation], dict[Split, Evalua
 
     def on(split: Split, candidate: Update) -> Evaluation:
         title = f"{split}, update.lr={candidate.lr:g}"
-        return evaluate(scoring(job, split, candidate), title=title, examples=config.evaluate.panels)
+        scored = scoring(job, split, candidate, config.evaluate.rungs)
+        return evaluate(scored, title=title, examples=config.evaluate.panels)
 
     splits = splits_to_score(config, job.source)
     candidates = [replace(job.update, lr=lr) for lr in config.evaluate.lrs or [job.update.lr]]
