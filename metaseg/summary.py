@@ -9,6 +9,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,17 +82,22 @@ def read_sweep(folder: Path) -> list[Job]:
     found = [path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")]
     if not found:
         raise DataError(f"{folder} holds no jobs of a multirun: give the folder of one, such as multirun/DATE/TIME")
-    return [_read_job(path) for path in sorted(found, key=_natural)]
+    return [read_job(path) for path in sorted(found, key=natural)]
 
 
 def rows(jobs: Sequence[Job]) -> list[Row]:
     """The jobs by what the sweep varies, seeds together; in the order of the first of each."""
+    return [row for row, _ in grouped(jobs)]
+
+
+def grouped(jobs: Sequence[Job]) -> list[tuple[Row, list[Job]]]:
+    """The rows, each with its jobs."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.values))
     varied = [key for key in keys if key != SEED and len({job.values.get(key, "") for job in jobs}) > 1]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(job.values.get(key, "") for key in varied), []).append(job)
-    return [_row(dict(zip(varied, values, strict=True)), group) for values, group in groups.items()]
+    return [(_row(dict(zip(varied, values, strict=True)), group), group) for values, group in groups.items()]
 
 
 def failures(folder: Path) -> list[Path]:
@@ -141,7 +147,7 @@ def latex(table: Sequence[Row]) -> str:
     return "\n".join([*head, *body, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def draw(table: Sequence[Row], path: Path) -> None:
+def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     """Each row's mean with its interval, and its seeds as dots."""
     figure = Figure(figsize=(7, 0.45 * len(table) + 1.1), layout="constrained")
     ax = figure.subplots()
@@ -170,7 +176,8 @@ def print_table(table: Sequence[Row], jobs: Sequence[Job], folder: Path) -> None
     console.print(f"summary.csv, summary.tex, summary.png: {folder}", soft_wrap=True)
 
 
-def _read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> Job:
+    """The job in a folder that Hydra made."""
     words = [str(word) for word in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     overrides = OverridesParser.create().parse_overrides(words)
     values = {o.get_key_element(): "" if o.is_delete() else o.get_value_element_as_str() for o in overrides}
@@ -184,7 +191,7 @@ def _row(values: dict[str, str], jobs: Sequence[Job]) -> Row:
     return Row(values, done, [seed for seed, headline in seeds if headline is None])
 
 
-def _natural(path: Path) -> tuple[Any, ...]:
+def natural(path: Path) -> tuple[Any, ...]:
     """Job 10 comes after job 9."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts)
 
