@@ -209,7 +209,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     for name, least in {"train_tasks": 0, "val_tasks": 1, "test_tasks": 1}.items():
         yield _whole(f"evaluate.{name}", evaluation[name], least, null="for all tasks")
     yield (
-        len(evaluation.rungs or ()) > 0 and not _ascending(evaluation.rungs),
+        evaluation.rungs != [] and not _ascending(evaluation.rungs),
         f"evaluate.rungs={evaluation.rungs}: give ascending steps from 1, as [1,5,10], or [] for none",
     )
     lrs = evaluation.lrs

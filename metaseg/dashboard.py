@@ -55,8 +55,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section(
         "Algorithms",
-        "IoU on test tasks, which neither θ nor ω has seen. Runs that differ in nothing but the seed stand together. "
-        "The gain is paired, task by task on the same episodes, over a θ that was not meta-trained, if there is one.",
+        "IoU on test tasks, which neither θ nor ω has seen. Runs that differ in nothing but the seed stand together.",
         (
             Panel("IoU on test tasks", "bar", "test/iou"),
             Panel("before adaptation", "bar", "test/iou_before_adaptation"),
@@ -100,8 +99,7 @@ SECTIONS = (
     ),
     Section(
         "Worst tasks",
-        "The tasks of the lowest IoU in %, mean over all rows, with pictures of those that a run has drawn "
-        "(evaluate.panels=N draws N tasks).",
+        "The tasks of the lowest IoU, and pictures of what was predicted (evaluate.panels=N draws N tasks).",
         (
             Panel("test episodes", "table", "test/per_task"),
             Panel("predictions", "media", "test/panels"),

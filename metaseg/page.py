@@ -101,7 +101,8 @@ def algorithms(found: Found) -> Html:
     head = ["", "tested on", "seeds", "IoU %", "95 % over seeds", "95 % over tasks", "gain, paired"]
     file = BytesIO()
     draw([row for row, _ in found.rows], file)
-    return Html(table(head, lines) + picture(file.getvalue(), "IoU by row"))
+    how = "" if baseline is None else "<p>Gains are over the baseline, task by task on the same episodes.</p>"
+    return Html(table(head, lines) + how + picture(file.getvalue(), "IoU by row"))
 
 
 def searches(found: Found) -> Html:
@@ -245,6 +246,8 @@ def _job(run: FinishedRun) -> Job:
         for key, value in given.items()
         if key not in values and key.partition(".")[0] not in UNTOLD and (key != "ckpt_path" or "fit" not in mode)
     }
+    if "ckpt_path" in values:  # long, and what tells one from another is behind
+        values["ckpt_path"] = "/".join(Path(values["ckpt_path"]).parts[-2:])
     values["seed"] = str(results.get("seed", ""))
     return Job(run.folder, values, float(results[run.split]["iou"]["mean"]), None)
 

@@ -8,6 +8,7 @@ of meta-training's own chance; what other tasks would give is in each job's resu
 import argparse
 import csv
 import sys
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -149,13 +150,15 @@ def latex(table: Sequence[Row]) -> str:
 
 def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     """Each row's mean with its interval, and its seeds as dots."""
-    figure = Figure(figsize=(7, 0.45 * len(table) + 1.1), layout="constrained")
+    names = [textwrap.fill(row.name, 44) for row in table]
+    lines = sum(max(name.count("\n"), 1) for name in names)
+    figure = Figure(figsize=(7, 0.45 * lines + 1.1), layout="constrained")
     ax = figure.subplots()
     for place, row in zip(range(len(table))[::-1], table, strict=True):
         ax.plot(list(row.by_seed.values()), [place] * len(row.by_seed), "o", color="#9aa5b1", markersize=4)
         if row.mean is not None:
             ax.errorbar(row.mean, place, xerr=row.half_width, fmt="|", color="#2f7fb8", markersize=14, capsize=3)
-    ax.set(yticks=range(len(table))[::-1], yticklabels=[row.name for row in table], xlabel="IoU, mean over seeds")
+    ax.set(yticks=range(len(table))[::-1], yticklabels=names, xlabel="IoU, mean over seeds")
     ax.margins(y=0.5 / len(table) + 0.05)
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
