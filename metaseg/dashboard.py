@@ -224,7 +224,9 @@ p {{ margin: 0.3rem 0 0.8rem; color: #555 }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: 13px; margin-bottom: 1rem }}
 th, td {{ text-align: left; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid #eee; vertical-align: top }}
+td:nth-child(n + 2):not(:last-child) {{ white-space: nowrap }}
 img {{ max-width: 100%; display: block; margin: 0.5rem 0 }}
+figure {{ display: inline-block; width: 47%; margin: 0 2% 0 0; vertical-align: top }}
 </style>
 <h1>{title}</h1>
 {body}

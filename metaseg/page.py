@@ -258,7 +258,7 @@ def _gain(baseline: Sequence[FinishedRun], runs: Sequence[FinishedRun]) -> str:
     except ComparisonError:
         return "other episodes"
     low, high = iou.ci95
-    return f"{100 * iou.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * iou.mean:+.1f}\u00a0[{100 * low:+.1f},\u00a0{100 * high:+.1f}]"  # in one line
 
 
 def _task_means(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], float]:
@@ -276,7 +276,8 @@ def _panel(found: Found, data: str, task: str) -> Html | None:
         if run.results["dataset"] == data:
             for path in sorted(run.folder.glob(f"panels/*-{glob.escape(file_name(task))}.png")):
                 if path.stem.partition("-")[2] == file_name(task):
-                    return Html(f"<p>{html.escape(f'{task}, {name}')}</p>{picture(path.read_bytes(), task)}")
+                    caption = html.escape(f"{task}, {name}")
+                    return Html(f"<figure><p>{caption}</p>{picture(path.read_bytes(), task)}</figure>")
     return None
 
 

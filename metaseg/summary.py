@@ -70,8 +70,8 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of what distinguishes it."""
-        return " ".join(f"{key}={value}" for key, value in self.values.items()) or "all"
+        """Of what distinguishes it; overrides that its jobs were not given are left out."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items() if value) or "all"
 
 
 def read_sweep(folder: Path) -> list[Job]:

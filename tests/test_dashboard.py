@@ -321,7 +321,7 @@ def test_seeds_stand_together_and_gains_are_paired(runs: Path, page: str) -> Non
     base = results(runs / "imagenet")["test"]["iou"]["mean"]
     assert by_algo["algo=finetune"][3] == f"{100 * base:.1f}"
     assert by_algo["algo=finetune"][-1] == "baseline"
-    assert row[-1].startswith(f"{100 * (np.mean(reptile) - base):+.1f} [")
+    assert row[-1].startswith(f"{100 * (np.mean(reptile) - base):+.1f}\u00a0[")
     assert [alt for alt, _ in pictures(part)] == ["IoU by row"]
 
 
