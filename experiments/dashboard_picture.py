@@ -13,13 +13,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageChops
+import numpy as np
+from PIL import Image
 
 from metaseg.dashboard import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
 WIDTH, TALLEST = 1100, 9000  # pixels
+MARGIN = 12
 TINY = [
     *("trainer=cpu", "logger=csv", "update.steps=10", "evaluate.rungs=[1,2,5]", "evaluate.test_tasks=6"),
     *("evaluate.val_tasks=4", "evaluate.train_tasks=0", "evaluate.panels=6", "evaluate.validations=3"),
@@ -42,17 +44,23 @@ def take_runs(folder: Path) -> None:
 
 
 def photograph(page: Path, out: Path) -> None:
-    """Take a picture of the whole page, in 256 colours."""
+    """Take a picture of the whole page, its two halves side by side."""
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder, "page.png")
         size = f"--window-size={WIDTH},{TALLEST}"
         subprocess.run([str(CHROMIUM), *FLAGS, size, f"--screenshot={shot}", page.resolve().as_uri()], check=True)
         image = Image.open(shot).convert("RGB")
-    box = ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox()
-    assert box is not None  # there is a title
+    blank = (np.asarray(image) == 255).all(axis=(1, 2))
+    end = len(blank) - int(blank[::-1].argmin()) + MARGIN
+    gaps = [y for y in range(MARGIN, end) if blank[y - MARGIN : y + MARGIN].all()]
+    cut = min(gaps, key=lambda y: abs(y - end / 2))  # nothing is cut through
+    both = Image.new("RGB", (2 * WIDTH, max(cut, end - cut)), "white")
+    both.paste(image.crop((0, 0, WIDTH, cut)), (0, 0))
+    both.paste(image.crop((0, cut, WIDTH, end)), (WIDTH, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    whole = image.crop((0, 0, WIDTH, min(box[3] + 20, TALLEST)))
-    whole.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+    both.resize((both.width * 2 // 3, both.height * 2 // 3)).quantize(96, dither=Image.Dither.NONE).save(
+        out, optimize=True
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -301,7 +301,8 @@ def _drawn(figure: Figure, alt: str) -> Html:
     lines = {str(line.get_label()): line for ax in figure.axes for line in ax.lines}  # a row's seeds are named once
     if not lines:
         return Html("")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower left", frameon=False, fontsize=8)
     file = BytesIO()
     figure.savefig(file, dpi=110)
     return picture(file.getvalue(), alt)
