@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint type clean
+.PHONY: help demo test lint type sync clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev ## ruff: rules and format
 type: $(VENV)/.dev ## mypy, strict on the package
 	$(BIN)/mypy
 
+sync: $(VENV)/.demo ## upload the offline W&B runs below runs/ and multirun/
+	@find runs multirun -type d -name 'offline-run-*' 2>/dev/null | grep -q . || echo "no offline W&B runs here"
+	@find runs multirun -type d -name 'offline-run-*' -print0 2>/dev/null | xargs -0 -r $(BIN)/wandb sync --skip-synced
+
 clean: ## remove the virtual environment and the runs
 	rm -rf $(VENV) runs multirun
 
@@ -31,5 +35,5 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,export,app,sweep,slurm]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,export,app,dashboard,sweep,slurm]'
 	touch $@

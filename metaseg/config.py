@@ -163,6 +163,7 @@ def config_sha256(config: DictConfig) -> str:
     named = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         named["dataset"].pop(key, None)
+    named["evaluate"].pop("rungs")  # looks on the way, and changes no number at the end
     if trains(config):
         named["ckpt_path"] = None  # resumed, it ends as it would have
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
@@ -239,6 +240,10 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         yield _whole(f"evaluate.{name}", evaluation[name], least)
     for name, least in {"train_tasks": 0, "val_tasks": 1, "test_tasks": 1}.items():
         yield _whole(f"evaluate.{name}", evaluation[name], least, null="for all tasks")
+    yield (
+        evaluation.rungs != [] and not _ascending(evaluation.rungs),
+        f"evaluate.rungs={evaluation.rungs}: give ascending steps from 1, as [1,5,10], or [] for none",
+    )
     lrs = evaluation.lrs
     usable = OmegaConf.is_list(lrs) and lrs and all(_is_number(lr) and lr > 0 for lr in lrs)
     yield (

@@ -77,6 +77,10 @@ class Score:
         """The IoU at the last of `steps` that is not beyond `step`: what stopped earlier stays as it was."""
         return float(self.ious[bisect_right(self.steps, step) - 1])
 
+    def loss_at(self, step: int) -> float:
+        """The loss likewise."""
+        return float(self.losses[bisect_right(self.steps, step) - 1])
+
     def steps_to(self, share: float) -> int:
         """The first of `steps` at which the IoU is at least `share` of the last one's; if that is 0, the last."""
         found = self.iou > 1e-6  # the metric's ε keeps it from being 0
@@ -177,6 +181,19 @@ class Evaluation:
         """Mean number of inner steps taken: ω's, or what early stopping chose."""
         return float(np.mean([score.steps[-1] for score in self.scores]))
 
+    @property
+    def course(self) -> list[dict[str, int | float]]:
+        """The adaptation's way: IoU and loss, mean over tasks, at each inner `step` at which any episode was scored."""
+        steps = sorted({step for score in self.scores for step in score.steps})
+        return [
+            {
+                "step": step,
+                "iou": float(self.per_task(lambda score, step=step: score.iou_at(step)).mean()),  # type: ignore[misc]
+                "loss": float(self.per_task(lambda score, step=step: score.loss_at(step)).mean()),  # type: ignore[misc]
+            }
+            for step in steps
+        ]
+
     def metrics(self) -> dict[str, float]:
         """The summaries as one level of numbers, for loggers."""
         low, high = self.ci95
@@ -203,6 +220,7 @@ class Evaluation:
             "fb_iou": self.fb_iou,
             "iou_before_adaptation": self.iou_before,
             "steps": self.steps,
+            "course": self.course,
         }
 
     def rows(self) -> list[dict[str, str | int | float]]:

@@ -135,7 +135,8 @@ def score(job: Job) -> tuple[Update, dict[float, Evaluation], dict[Split, Evalua
 
     def on(split: Split, candidate: Update) -> Evaluation:
         title = f"{split}, update.lr={candidate.lr:g}"
-        return evaluate(scoring(job, split, candidate), title=title, examples=config.evaluate.panels)
+        scored = scoring(job, split, candidate, config.evaluate.rungs)
+        return evaluate(scored, title=title, examples=config.evaluate.panels)
 
     splits = splits_to_score(config, job.source)
     candidates = [replace(job.update, lr=lr) for lr in config.evaluate.lrs or [job.update.lr]]

@@ -52,6 +52,11 @@ def panel(example: Example) -> Figure:
     return figure
 
 
+def file_name(task: str) -> str:
+    """A task's name as part of a file's."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in task)
+
+
 def write_panels(examples: Sequence[Example], folder: Path) -> None:
     """Write one PNG an episode, numbered and named by its task, and the predicted masks of all into `predictions.npy`.
 
@@ -59,8 +64,7 @@ def write_panels(examples: Sequence[Example], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i, example in enumerate(examples):
-        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in example.episode.task)
-        panel(example).savefig(folder / f"{i:02d}-{safe}.png", dpi=110)
+        panel(example).savefig(folder / f"{i:02d}-{file_name(example.episode.task)}.png", dpi=110)
     if examples:
         np.save(folder / "predictions.npy", torch.stack([e.prediction for e in examples]).to(torch.uint8).numpy())
 

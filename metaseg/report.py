@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,17 @@ from metaseg.panels import log_to_wandb, write_panels
 from metaseg.sweep import sweep_name as sweep_name  # conf/logger/wandb.yaml resolves it
 
 SCHEMA = 1
+META_STEP = "meta_step"
+METRICS = ("train", "val", "test", "train_tasks")  # first parts of the names of what W&B shows over the meta-step
+AXES = {"adaptation": "inner_step", "uho": "trial", "curves": "shots"}  # and of the others, with what they are over
+WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B run, which a resumed run goes on with
+
+# of conf/logger/wandb.yaml: the preset of a group that was chosen; null where Hydra has not been the one to choose
+OmegaConf.register_new_resolver(
+    "chosen",
+    lambda group: HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None,
+    replace=True,
+)
 
 
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
@@ -31,6 +44,8 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     if config.ckpt_path is not None and trains(config):  # resumed: the curves from before stay
         taken = sum(1 for _ in folder.glob("csv*"))
         version += f"{taken + 1}" if taken else ""
+    else:
+        (folder / WANDB_ID).unlink(missing_ok=True)  # of an earlier run here
     loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
     if config.logger:
         loggers.append(instantiate(config.logger, save_dir=str(folder)))
@@ -39,18 +54,49 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def wandb_logger(save_dir: str, **init: Any) -> WandbLogger:
-    """Lightning's W&B logger on a run of its own, online if the user is logged in.
+class AxesLogger(WandbLogger):
+    """Lightning's W&B logger, which would call every axis `trainer/global_step`: here each has the name of `AXES`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of one axis."""
+        prefixes = [name.partition("/")[0] for name in metrics]
+        axis = next((AXES[prefix] for prefix in prefixes if prefix in AXES), META_STEP)
+        self.experiment.log({**metrics} if step is None else {**metrics, axis: step})
+
+
+def wandb_logger(save_dir: str, facts: Sequence[str | None], tags: Sequence[str], **init: Any) -> WandbLogger:
+    """Lightning's W&B logger on a run of its own, online if the user is logged in; a resumed online run goes on.
 
     Args:
-        save_dir: where W&B keeps its files.
-        init: what `wandb.init` takes: project, name, group, tags and so on.
+        save_dir: where W&B keeps its files: the run's folder.
+        facts: tags that the configuration gives; null ones are left out.
+        tags: the user's own.
+        init: what else `wandb.init` takes: project, name, group and so on.
     """
+    mode, known = _wandb_mode(), Path(save_dir, WANDB_ID)
+    if known.is_file() and (mode or os.environ["WANDB_MODE"]) == "online":  # offline files of one id do not merge
+        init = {**init, "id": known.read_text(), "resume": "allow"}
     # the logger alone would merge this run into one that the process has not finished
-    run = wandb.init(dir=save_dir, mode=_wandb_mode(), reinit="finish_previous", **init)
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
+    run = wandb.init(
+        dir=save_dir,
+        mode=mode,
+        reinit="finish_previous",
+        tags=[*dict.fromkeys(tag for tag in (*facts, *tags) if tag)],
+        **init,
+    )
+    if not run.offline and not run.disabled:
+        known.write_text(run.id)
+    for axis in (META_STEP, *AXES.values()):
+        run.define_metric(axis, hidden=True)
+    for metric in METRICS:
+        run.define_metric(f"{metric}/*", step_metric=META_STEP, step_sync=True)
+    for metric, axis in AXES.items():
+        run.define_metric(f"{metric}/*", step_metric=axis)
+    # the best, as its checkpoint is chosen; and the last, as W&B would have it without being told
+    run.define_metric("val/iou", step_metric=META_STEP, step_sync=True, summary="max,last")
+    run.define_metric("val/loss", step_metric=META_STEP, step_sync=True, summary="min,last")
+    return AxesLogger(experiment=run)
 
 
 def close_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
@@ -127,6 +173,9 @@ def report(
             prefix = "train_tasks" if name == "train" else name  # train/loss is the inner steps'
             metrics = {f"{prefix}/{key}": value for key, value in evaluation.metrics().items()}
             logger.log_metrics(metrics, step=head["meta_steps"])
+            for at in [] if isinstance(logger, CSVLogger) else evaluation.course:  # CSV's steps are meta-steps
+                way = {f"adaptation/{prefix}/{key}": at[key] for key in ("iou", "loss")}
+                logger.log_metrics(way, step=int(at["step"]))
         if isinstance(logger, WandbLogger):
             log_to_wandb(logger.experiment, shown, split)
     _print_table(head, evaluations, folder)

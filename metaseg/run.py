@@ -19,6 +19,7 @@ from metaseg.curves import curves
 from metaseg.errors import ConfigError, UserError
 from metaseg.fit import train_and_test
 from metaseg.job import Job, build
+from metaseg.lineage import log_init, use_inits
 from metaseg.report import close_loggers, make_loggers
 from metaseg.search import search
 from metaseg.uho import uho
@@ -40,7 +41,13 @@ def run(config: DictConfig, folder: Path) -> float:
     loggers = make_loggers(config, folder)
     exit_code = 1
     try:
+        use_inits(loggers, config)
         headline = MODES[config.mode](job, loggers, folder)
+        made = folder / "init.safetensors"
+        if (
+            config.mode not in ("test", "curves") and made.is_file()
+        ):  # these leave what they were given; workers nothing
+            log_init(loggers, made)
         exit_code = 0
     finally:
         close_loggers(loggers, exit_code)

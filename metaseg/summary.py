@@ -8,7 +8,9 @@ of meta-training's own chance; what other tasks would give is in each job's resu
 import argparse
 import csv
 import sys
+import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +71,8 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of what distinguishes it."""
-        return " ".join(f"{key}={value}" for key, value in self.values.items()) or "all"
+        """Of what distinguishes it; overrides that its jobs were not given are left out."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items() if value) or "all"
 
 
 def read_sweep(folder: Path) -> list[Job]:
@@ -82,17 +84,22 @@ def read_sweep(folder: Path) -> list[Job]:
     found = [path.parents[1] for path in folder.rglob(".hydra/overrides.yaml")]
     if not found:
         raise DataError(f"{folder} holds no jobs of a multirun: give the folder of one, such as multirun/DATE/TIME")
-    return [_read_job(path) for path in sorted(found, key=_natural)]
+    return [read_job(path) for path in sorted(found, key=natural)]
 
 
 def rows(jobs: Sequence[Job]) -> list[Row]:
     """The jobs by what the sweep varies, seeds together; in the order of the first of each."""
+    return [row for row, _ in grouped(jobs)]
+
+
+def grouped(jobs: Sequence[Job]) -> list[tuple[Row, list[Job]]]:
+    """The rows, each with its jobs."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.values))
     varied = [key for key in keys if key != SEED and len({job.values.get(key, "") for job in jobs}) > 1]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(job.values.get(key, "") for key in varied), []).append(job)
-    return [_row(dict(zip(varied, values, strict=True)), group) for values, group in groups.items()]
+    return [(_row(dict(zip(varied, values, strict=True)), group), group) for values, group in groups.items()]
 
 
 def failures(folder: Path) -> list[Path]:
@@ -151,15 +158,17 @@ def latex(table: Sequence[Row]) -> str:
     return "\n".join([*head, *body, "\\bottomrule", "\\end{tabular}", ""])
 
 
-def draw(table: Sequence[Row], path: Path) -> None:
+def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     """Each row's mean with its interval, and its seeds as dots."""
-    figure = Figure(figsize=(7, 0.45 * len(table) + 1.1), layout="constrained")
+    names = [textwrap.fill(row.name, 44) for row in table]
+    lines = sum(max(name.count("\n"), 1) for name in names)
+    figure = Figure(figsize=(7, 0.45 * lines + 1.1), layout="constrained")
     ax = figure.subplots()
     for place, row in zip(range(len(table))[::-1], table, strict=True):
         ax.plot(list(row.by_seed.values()), [place] * len(row.by_seed), "o", color="#9aa5b1", markersize=4)
         if row.mean is not None:
             ax.errorbar(row.mean, place, xerr=row.half_width, fmt="|", color="#2f7fb8", markersize=14, capsize=3)
-    ax.set(yticks=range(len(table))[::-1], yticklabels=[row.name for row in table], xlabel="IoU, mean over seeds")
+    ax.set(yticks=range(len(table))[::-1], yticklabels=names, xlabel="IoU, mean over seeds")
     ax.margins(y=0.5 / len(table) + 0.05)
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -180,7 +189,8 @@ def print_table(table: Sequence[Row], jobs: Sequence[Job], folder: Path) -> None
     console.print(f"summary.csv, summary.tex, summary.png: {folder}", soft_wrap=True)
 
 
-def _read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> Job:
+    """The job in a folder that Hydra made."""
     words = [str(word) for word in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
     overrides = OverridesParser.create().parse_overrides(words)
     values = {o.get_key_element(): "" if o.is_delete() else o.get_value_element_as_str() for o in overrides}
@@ -194,7 +204,7 @@ def _row(values: dict[str, str], jobs: Sequence[Job]) -> Row:
     return Row(values, done, [seed for seed, headline in seeds if headline is None])
 
 
-def _natural(path: Path) -> tuple[Any, ...]:
+def natural(path: Path) -> tuple[Any, ...]:
     """Job 10 comes after job 9."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts)
 

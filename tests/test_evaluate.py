@@ -79,6 +79,21 @@ def test_a_score_between_its_steps_is_the_one_before() -> None:
     assert nothing.steps_to(0.95) == 10  # what never finds the object is not the quickest
 
 
+def test_the_course_of_an_adaptation_is_the_mean_over_tasks_at_each_step() -> None:
+    """Task a has two draws; b stopped after 2 steps, and stays there."""
+
+    def way(task: str, steps: tuple[int, ...], *ious: float) -> Score:
+        losses = np.array([1 - iou for iou in ious])
+        return Score(task, steps, np.stack([counted(value) for value in ious]), losses, counted(1.0), 0.0)
+
+    a = [way("a", (0, 2, 6), 0.1, 0.4, 0.8), way("a", (0, 2, 6), 0.3, 0.6, 1.0)]
+    course = Evaluation([*a, way("b", (0, 2), 0.0, 0.3)]).course
+    assert [at["step"] for at in course] == [0, 2, 6]
+    ious = [(0.2 + 0.0) / 2, (0.5 + 0.3) / 2, (0.9 + 0.3) / 2]
+    assert [at["iou"] for at in course] == pytest.approx(ious, abs=1e-6)
+    assert [at["loss"] for at in course] == pytest.approx([1 - iou for iou in ious], abs=1e-6)
+
+
 @pytest.mark.parametrize("batchnorm", ["running", "support", "batch"])
 def test_a_rung_scores_what_an_adaptation_of_as_many_steps_does(batchnorm: str) -> None:
     """So that one adaptation gives honest scores for all of the shorter ones."""

@@ -74,7 +74,7 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     drawn = {"seed": 0, "queries": 5, "draws": 2, "image_size": 32, "images": 80, "data_seed": None}
     assert found["episodes"] == drawn
     assert compare([folder], [folder]).iou.a.mean() == pytest.approx(headline)
-    numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps"}
+    numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps", "course"}
     for split in ("train", "val", "test"):
         part = found[split]
         assert part.keys() == numbers | {"gap_within_task"}
@@ -461,11 +461,15 @@ def test_the_command_line_trains_here_and_tests_there(tmp_path: Path) -> None:
 
 def test_multirun_gives_each_job_its_own_folder_and_wandb_run(data: tuple[str, ...], tmp_path: Path) -> None:
     arguments = ["-m", *data, "debug=fast", "model.weights=null", "algo=finetune", "seed=0,1", "hydra.sweep.dir=sweep"]
+    arguments.append("logger.tags=[night]")
     subprocess.run([sys.executable, "-m", "metaseg.run", *arguments], cwd=tmp_path, check=True)
     for number in ("0", "1"):
         folder = tmp_path / "sweep" / number
         assert results(folder)["seed"] == int(number)
-        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+        (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+        (started,) = [record.run for record in wandb_files.finished(path) if record.HasField("run")]
+        assert (started.run_group, started.job_type) == ("sweep", "fit_test")
+        assert list(started.tags) == ["finetune", "folder", "efficientlab_lite0", "night"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def history(found: list[Record]) -> dict[str, list[Any]]:
     return values
 
 
+def logged(found: list[Record]) -> list[set[str]]:
+    """The keys of each `log`."""
+    return [{item.key or "/".join(item.nested_key) for item in r.history.item} for r in found if r.HasField("history")]
+
+
 def exit_code(found: list[Record]) -> int:
     """How the run ended."""
     (code,) = [record.exit.exit_code for record in found if record.HasField("exit")]

@@ -1,0 +1,71 @@
+"""Initialisations as W&B artifacts: which run made θ, and which runs tested it or went on from it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import wandb
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger, WandbLogger
+from rich.console import Console
+
+from metaseg.config import initialisations
+from metaseg.data.source import SPLITS
+from metaseg.initialisation import read_about
+
+
+def init_artifact(path: Path) -> wandb.Artifact:
+    """The artifact of an `init.safetensors`: `init-ALGO-DATASET`, of type model.
+
+    The file is its only content, so that a copy of the file is the same artifact. What is known of it is its metadata,
+    with the IoUs of results.json beside it; card.md beside it is its description.
+
+    Raises:
+        WeightsError: if the file is unreadable.
+    """
+    about = asdict(read_about(path))
+    seen = about.pop("seen") or {}  # hundreds of names
+    metadata = {**about, "classes_seen": {split: len(names) for split, names in seen.items()}, **_ious(path)}
+    card = path.with_name("card.md")
+    artifact = wandb.Artifact(
+        f"init-{about['algo']}-{about['dataset']}",
+        type="model",
+        description=card.read_text(encoding="utf-8") if card.is_file() else None,
+        metadata=metadata,
+    )
+    artifact.add_file(str(path), name="init.safetensors", policy="immutable", skip_cache=True)
+    return artifact
+
+
+def log_init(loggers: Sequence[Logger], path: Path) -> None:
+    """Say to W&B that the run made this `init.safetensors`."""
+    for run in _wandb_runs(loggers):
+        run.log_artifact(init_artifact(path))
+
+
+def use_inits(loggers: Sequence[Logger], config: DictConfig) -> None:
+    """Say to W&B which `init.safetensors` the run takes θ from; online only, since offline runs cannot say it."""
+    for run in _wandb_runs(loggers):
+        for path in initialisations(config):
+            if run.offline or run.disabled or path.suffix != ".safetensors":  # a checkpoint is no artifact
+                continue
+            try:
+                run.use_artifact(init_artifact(path))
+            except Exception as error:  # of the network or the server's; the run itself needs neither
+                Console().print(f"W&B: {path} is not noted as this run's input ({error})", soft_wrap=True)
+
+
+def _wandb_runs(loggers: Sequence[Logger]) -> Iterator[Any]:
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            yield logger.experiment
+
+
+def _ious(path: Path) -> dict[str, float]:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none beside a file that was copied
+        results = json.loads(path.with_name("results.json").read_text(encoding="utf-8"))
+        return {f"{split}_iou": results[split]["iou"]["mean"] for split in SPLITS if results[split]}
+    return {}

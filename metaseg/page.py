@@ -1,0 +1,334 @@
+"""The parts of a dashboard's page, of what runs left in their folders: tables and pictures as HTML."""
+
+import base64
+import csv
+import glob
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metaseg.compare import FinishedRun, compare, read_run
+from metaseg.errors import ComparisonError, DataError
+from metaseg.panels import file_name
+from metaseg.summary import Job, Row, draw, grouped, natural, read_job
+from metaseg.sweep import read_outcome
+
+WORST = 10  # tasks that are listed
+SHOWN = 4  # of these with pictures, at most
+UNTOLD = ("logger", "workers", "skip_done", "checkpoint_every")  # overrides that change no number
+
+
+class Html(str):
+    """Text that is HTML already; any other is escaped."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below some folders.
+
+    Attributes:
+        rows: finished runs on tasks: those that differ in nothing but the seed are one row.
+        curves: folders of many-shot curves (mode=curves).
+        broken: folders of runs that have no result, or none that can be read, and why.
+    """
+
+    rows: list[tuple[Row, list[FinishedRun]]]
+    curves: list[Path]
+    broken: dict[Path, str]
+
+    @property
+    def runs(self) -> list[tuple[str, FinishedRun]]:
+        """All finished runs on tasks, each with its row's name."""
+        return [(row.name, run) for row, runs in self.rows for run in runs]
+
+
+def find(folders: Sequence[Path]) -> Found:
+    """Read all runs below the folders. One that is unfinished or broken is named, and does not stop the others.
+
+    Raises:
+        DataError: if a folder is none, or there is no run below any.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder: give those of runs or sweeps, such as runs or multirun/DATE/TIME")
+    paths = {path.parent for folder in folders for path in folder.rglob("results.json")}
+    paths |= {path.parents[1] for folder in folders for path in folder.rglob(".hydra/overrides.yaml")}
+    if not paths:
+        raise DataError(f"no runs below {', '.join(map(str, folders))}: give folders that metaseg.run has left")
+    runs: dict[Path, FinishedRun] = {}
+    curves: list[Path] = []
+    broken: dict[Path, str] = {}
+    for path in sorted(paths, key=natural):
+        try:
+            if not (path / "results.json").is_file():
+                broken[path] = _why(path)
+            elif (path / "summary.csv").is_file() and _mode(path) == "curves":
+                curves.append(path)
+            else:
+                runs[path] = _read(path)
+        except (ComparisonError, OSError, ValueError) as error:
+            broken[path] = str(error)
+    rows = grouped([_job(run) for run in runs.values()])
+    return Found([(row, [runs[job.folder] for job in jobs]) for row, jobs in rows], curves, broken)
+
+
+def algorithms(found: Found) -> Html:
+    """Each row's mean over seeds with its interval, and its paired gain over untrained θ, if there is such a row."""
+    if not found.rows:
+        return Html("")
+    untrained = (runs for _, runs in found.rows if not any(run.results.get("trained_on") for run in runs))
+    baseline = next(untrained, None)
+    lines = []
+    for row, runs in found.rows:
+        first = runs[0]
+        part = first.results[first.split]
+        tested = f"{first.results['dataset']}, {part['tasks']} {first.split} tasks, {first.results['shots']} shots"
+        spread = "" if row.half_width is None else f"± {100 * row.half_width:.1f}"
+        over_tasks = "–".join(f"{100 * bound:.1f}" for bound in part["iou"]["ci95"]) if len(runs) == 1 else ""
+        gain = "" if baseline is None else "baseline" if runs is baseline else _gain(baseline, runs)
+        numbers = (f"{100 * (row.mean or 0):.1f}", spread, over_tasks, gain)
+        lines.append([row.name, tested, " ".join(row.by_seed), *numbers])
+    head = ["", "tested on", "seeds", "IoU %", "95 % over seeds", "95 % over tasks", "gain, paired"]
+    file = BytesIO()
+    draw([row for row, _ in found.rows], file)
+    how = "" if baseline is None else "<p>Gains are over the baseline, task by task on the same episodes.</p>"
+    return Html(table(head, lines) + how + picture(file.getvalue(), "IoU by row"))
+
+
+def searches(found: Found) -> Html:
+    """Each search for ω: its numbers, ω*, and its picture."""
+    parts: list[Html] = []
+    for name, run in found.runs:
+        file = run.folder / "uho.json"
+        if not file.is_file():
+            continue
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            best = max((t for t in record["history"] if not t.get("given_up")), key=lambda trial: trial["value"])
+            omega = {**best["params"], "steps": best["steps"]}
+            ious = (record["default_val_iou"], record["val_iou"], record["test"]["iou"]["mean"])
+            head = ["", "trials", "val IoU %, ω as given", "val IoU %, ω*", "test IoU %, ω*", "ω*"]
+            words = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in omega.items())
+            parts.append(table(head, [[name, record["trials"], *(f"{100 * iou:.1f}" for iou in ious), words]]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parts.append(Html(f"<p>{html.escape(f'{file} is not what a search writes: {error!r}')}</p>"))
+        parts.append(_file(run.folder / "uho.png", f"search of {name}"))
+    return Html("".join(parts))
+
+
+def learning(found: Found) -> Html:
+    """IoU on validation tasks and training loss by meta-step, a line a run; and the many-shot curves."""
+    figure, axes = _axes("IoU on validation tasks", "loss of the last inner steps", "meta-step")
+    for (name, run), colour in _coloured(found):
+        rows = [row for path in sorted(run.folder.glob("csv*/metrics.csv"), key=natural) for row in _csv(path)]
+        for ax, metric in zip(axes, ("val/iou", "train/loss"), strict=True):
+            # after training the tested θ is validated once more, with an interval: no point of the curve
+            points = {
+                int(row["step"]): float(row[metric]) for row in rows if row.get(metric) and not row.get("val/iou_low")
+            }
+            if run.results.get("mode") in ("fit", "fit_test") and points:
+                ax.plot(*zip(*sorted(points.items()), strict=True), ".-", color=colour, label=name)
+    parts = [_drawn(figure, "learning curves")]
+    for folder in found.curves:
+        title = Html(f"<p>From one image to hundreds, {html.escape(str(folder))}</p>")
+        parts += [title, _file(folder / "curves.png", "curves")]
+    return Html("".join(parts))
+
+
+def adaptation(found: Found) -> Html:
+    """IoU and loss on query images by inner step, a line a run."""
+    figure, axes = _axes("IoU on query images", "loss on query images", "inner step")
+    for (name, run), colour in _coloured(found):
+        course = run.results[run.split].get("course")  # runs of before there was it have none
+        for ax, key in zip(axes, ("iou", "loss"), strict=True) if course else ():
+            ax.plot([at["step"] for at in course], [at[key] for at in course], ".-", color=colour, label=name)
+    return _drawn(figure, "adaptation curves")
+
+
+def worst_tasks(found: Found) -> Html:
+    """The tasks of the lowest IoU, mean over all rows, and pictures of some as far as a run has drawn them."""
+    by_row = {  # (data set, task): IoU of each row that met it
+        name: _task_means([run for other, run in found.runs if other == name]) for name, _ in found.runs
+    }
+    met = {task for means in by_row.values() for task in means}
+    mean = {task: float(np.mean([means[task] for means in by_row.values() if task in means])) for task in met}
+    worst = sorted(met, key=lambda task: (mean[task], task))[:WORST]
+    if not worst:
+        return Html("")
+    lines = [
+        [task, data, *(f"{100 * by_row[n][data, task]:.0f}" if (data, task) in by_row[n] else "" for n in by_row)]
+        for data, task in worst
+    ]
+    shown = [_panel(found, *task) for task in worst]
+    pictures = [part for part in shown if part][:SHOWN]
+    return Html(table(["task", "data", *by_row], lines) + "".join(pictures))
+
+
+def listing(found: Found, beside: Path) -> Html:
+    """All runs, with links to their folders as seen from the folder `beside`, and those that have no result."""
+    head = ["folder", "mode", "algo", "seed", "meta-steps", "data", "IoU %", "configuration", "commit", "minutes"]
+    lines: list[list[object]] = []
+    for _, run in found.runs:
+        results = run.results
+        iou = f"{100 * results[run.split]['iou']['mean']:.1f}"
+        values = [results.get(key, "") for key in ("mode", "algo", "seed", "meta_steps", "dataset")]
+        lines.append([_link(run.folder, beside), *values, iou, *_origin(results)])
+    for folder in found.curves:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        values = [
+            "curves",
+            ", ".join(results.get("inits", {})),
+            results.get("seed", ""),
+            "",
+            results.get("dataset", ""),
+        ]
+        lines.append([_link(folder, beside), *values, "", *_origin(results)])
+    without = [[_link(folder, beside), why] for folder, why in found.broken.items()]
+    return Html(table(head, lines) + (table(["folder without a result", "why"], without) if without else ""))
+
+
+def table(head: Sequence[object], lines: Iterable[Sequence[object]]) -> Html:
+    """A table; cells that are not `Html` are escaped."""
+    rows = [f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in line)}</tr>" for line in lines]
+    heads = "".join(f"<th>{_cell(value)}</th>" for value in head)
+    return Html(f"<div><table><tr>{heads}</tr>{''.join(rows)}</table></div>")
+
+
+def picture(png: bytes, alt: str) -> Html:
+    """A picture inside the page."""
+    data = base64.b64encode(png).decode()
+    return Html(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+
+
+def _read(folder: Path) -> FinishedRun:
+    run = read_run(folder)
+    try:  # what will be asked for besides
+        part = run.results[run.split]
+        _ = float(part["iou"]["mean"]), *map(float, part["iou"]["ci95"]), part["tasks"]
+    except (KeyError, TypeError) as error:
+        raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
+    return run
+
+
+def _why(folder: Path) -> str:
+    """Why there is no result."""
+    outcome = read_outcome(folder)
+    told = outcome and outcome["error"]
+    return str(told).strip().splitlines()[-1] if told else "killed, or still running"
+
+
+def _mode(folder: Path) -> str | None:
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return found.get("mode") if isinstance(found, dict) else None
+
+
+def _job(run: FinishedRun) -> Job:
+    """What distinguishes the run, as a sweep's summary has it: algorithm, mode and the overrides that it was given."""
+    results = run.results
+    mode = str(results.get("mode", ""))
+    values = {"algo": str(results["algo"]), "mode": mode}
+    try:
+        given = read_job(run.folder).values
+    except Exception:  # no overrides.yaml, of a run from Python, or none that Hydra's parser takes
+        given = {}
+    values |= {
+        key: value
+        for key, value in given.items()
+        if key not in values and key.partition(".")[0] not in UNTOLD and (key != "ckpt_path" or "fit" not in mode)
+    }
+    if "ckpt_path" in values:  # long, and what tells one from another is behind
+        values["ckpt_path"] = "/".join(Path(values["ckpt_path"]).parts[-2:])
+    values["seed"] = str(results.get("seed", ""))
+    return Job(run.folder, values, float(results[run.split]["iou"]["mean"]), None)
+
+
+def _gain(baseline: Sequence[FinishedRun], runs: Sequence[FinishedRun]) -> str:
+    try:
+        iou = compare([run.folder for run in baseline], [run.folder for run in runs]).iou
+    except ComparisonError:
+        return "other episodes"
+    low, high = iou.ci95
+    return f"{100 * iou.mean:+.1f}\u00a0[{100 * low:+.1f},\u00a0{100 * high:+.1f}]"  # in one line
+
+
+def _task_means(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], float]:
+    """IoU by (data set, task), mean over those of the runs that met it."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        for task, iou in run.task_means("iou").items():
+            values.setdefault((str(run.results["dataset"]), task), []).append(iou)
+    return {task: float(np.mean(ious)) for task, ious in values.items()}
+
+
+def _panel(found: Found, data: str, task: str) -> Html | None:
+    """The first picture of a task that any of the runs has drawn."""
+    for name, run in found.runs:
+        if run.results["dataset"] == data:
+            for path in sorted(run.folder.glob(f"panels/*-{glob.escape(file_name(task))}.png")):
+                if path.stem.partition("-")[2] == file_name(task):
+                    caption = html.escape(f"{task}, {name}")
+                    return Html(f"<figure><p>{caption}</p>{picture(path.read_bytes(), task)}</figure>")
+    return None
+
+
+def _axes(left: str, right: str, below: str) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax, label in zip(axes, (left, right), strict=True):
+        ax.set(xlabel=below, ylabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _coloured(found: Found) -> list[tuple[tuple[str, FinishedRun], str]]:
+    """All runs, those of a row in one colour."""
+    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(name for name, _ in found.runs))}
+    return [((name, run), colours[name]) for name, run in found.runs]
+
+
+def _drawn(figure: Figure, alt: str) -> Html:
+    """The figure as a picture, with a legend; nothing of one that shows nothing."""
+    lines = {str(line.get_label()): line for ax in figure.axes for line in ax.lines}  # a row's seeds are named once
+    if not lines:
+        return Html("")
+    figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower left", frameon=False, fontsize=8)
+    file = BytesIO()
+    figure.savefig(file, dpi=110)
+    return picture(file.getvalue(), alt)
+
+
+def _file(path: Path, alt: str) -> Html:
+    return picture(path.read_bytes(), alt) if path.is_file() else Html("")
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _link(folder: Path, beside: Path) -> Html:
+    href = quote(Path(os.path.relpath(folder.resolve(), beside.resolve())).as_posix())
+    return Html(f'<a href="{html.escape(href)}">{html.escape(str(folder))}</a>')
+
+
+def _origin(results: dict[str, Any]) -> list[str]:
+    """Configuration hash, commit and minutes."""
+    commit = results.get("git_commit") or ""
+    dirty = "-dirty" if commit.endswith("-dirty") else ""
+    minutes = f"{results['wall_s'] / 60:.1f}" if "wall_s" in results else ""
+    return [str(results.get("config_sha256", ""))[:12], commit.removesuffix("-dirty")[:12] + dirty, minutes]
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, Html) else html.escape(str(value))
