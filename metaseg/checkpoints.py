@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -30,10 +31,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Stopped(SystemExit):
-    """Ends a process with the exit code `RESUMABLE`."""
+    """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
 
-    def __init__(self) -> None:
-        super().__init__(RESUMABLE)
+    With another code than 0 from any other one, Lightning and torchrun would kill the first before it is done.
+    """
+
+    def __init__(self, leads: bool = True) -> None:
+        super().__init__(RESUMABLE if leads else 0)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -70,6 +74,7 @@ class StopOnSignal(pl.Callback):
     """On SIGTERM or SIGINT finishes the meta-step, writes `last.ckpt` and ends the process with `RESUMABLE`.
 
     A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere.
+    Of several ranks one that receives a signal is enough: after each meta-step, and each scored episode, all agree.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -86,14 +91,16 @@ class StopOnSignal(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Between two meta-steps all state is consistent."""
-        if self.received:
+        number = self._agreed(trainer)
+        if number:
             trainer.save_checkpoint(self.path, weights_only=False)
-            self._stop(trainer.global_step)
+            self._stop(trainer, number)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """θ stays as it is while validating, and the last checkpoint will do."""
-        if self.received:
-            self._stop(trainer.global_step)
+        number = self._agreed(trainer)
+        if number:
+            self._stop(trainer, number)
 
     def on_fit_end(self, *_: Any) -> None:
         """Give the signals back."""
@@ -107,11 +114,19 @@ class StopOnSignal(pl.Callback):
         self.received = signal.Signals(number)
         signal.signal(number, self._before[self.received])  # the second time
 
-    def _stop(self, step: int) -> None:
-        assert self.received is not None
-        how = f"stopped by {self.received.name} at meta-step {step}; the same command with ckpt_path=last goes on"
-        sys.stderr.write(f"metaseg: {how}\n")
-        raise Stopped
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The number of the signal that this rank or another has received; 0 for none."""
+        number = int(self.received or 0)
+        if trainer.world_size == 1:
+            return number
+        mine = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        how = f"stopped by {signal.Signals(number).name} at meta-step {trainer.global_step}"
+        if trainer.is_global_zero:
+            sys.stderr.write(f"metaseg: {how}; the same command with ckpt_path=last goes on\n")
+        raise Stopped(trainer.is_global_zero)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

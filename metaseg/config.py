@@ -19,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
 from metaseg.initialisation import check_trusted, read_about
+from metaseg.ranks import is_distributed
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "curves")
+DDP = "pytorch_lightning.strategies.DDPStrategy"
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
@@ -232,9 +234,20 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         accelerator in ("gpu", "cuda") and not torch.cuda.is_available(),
         f"trainer.accelerator={accelerator}, but torch sees no CUDA device: use trainer=cpu or trainer=auto",
     )
+    trainer = config.trainer
+    if not is_distributed(config):
+        yield trainer.devices != 1, f"trainer.devices={trainer.devices}: several processes take trainer=ddp"
+        return
+    ddp = OmegaConf.is_dict(trainer.strategy) and trainer.strategy.get("_target_") == DDP
+    yield not ddp, f"trainer.strategy={trainer.strategy}: choose trainer=ddp for several processes"
     yield (
-        config.trainer.devices != 1,
-        f"trainer.devices={config.trainer.devices}: one process for now, trainer.devices=1",
+        not trains(config),
+        f"trainer=ddp is for meta-training, of which mode={mode} of algo={config.algo.name} has none: use trainer=auto",
+    )
+    devices = trainer.devices
+    yield (
+        accelerator == "cpu" and not (isinstance(devices, int) and devices >= 1),
+        f"trainer.devices={devices}: on the CPU give the number of processes, as trainer.devices=2",
     )
 
 

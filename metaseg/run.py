@@ -30,6 +30,7 @@ from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
 from metaseg.job import Job, build, create, describe, device_of, load, scoring, splits_to_score
 from metaseg.module import MetaModule
+from metaseg.ranks import leads
 from metaseg.report import MetaProgressBar, close_loggers, make_loggers, report
 from metaseg.uho import uho
 from metaseg.update import Update
@@ -46,9 +47,9 @@ def run(config: DictConfig, folder: Path) -> float:
     """
     config = resumed(config, folder)
     job = build(config)
-    for name in ("results.json", "card.md"):
+    for name in ("results.json", "card.md") if leads(config) else ():
         (folder / name).unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
-    loggers = make_loggers(config, folder)
+    loggers = make_loggers(config, folder) if leads(config) else []
     exit_code = 1
     try:
         headline = MODES[config.mode](job, loggers, folder)
@@ -78,10 +79,14 @@ def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     """Bring θ about, estimate its error with ω, report both; returns the headline metric."""
     started = time.perf_counter()
     about = initialise(job, loggers, folder)
-    save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
+    if leads(job.config):
+        save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
     job.net.to(device_of(job.config))
     update, validations, evaluations = score(job)
     about = replace(about, update={**about.update, "lr": update.lr})
+    headline = evaluations["test" if "test" in evaluations else "val"].iou
+    if not leads(job.config):
+        return headline
     save_initialisation(job.net, about, folder / "init.safetensors")
     head = {
         **describe(job, about),
@@ -90,7 +95,7 @@ def train_and_test(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     }
     report(head, evaluations, loggers, folder)
     write_card(folder / "init.safetensors")
-    return evaluations["test" if "test" in evaluations else "val"].iou
+    return headline
 
 
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
@@ -122,20 +127,28 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     best = BestCheckpoint(folder / "checkpoints")
     last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
     for leftover in (folder / "checkpoints").glob("*.partial"):
-        leftover.unlink()  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
     trainer = create(
         config.trainer,
         callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar()],
         plugins=[AtomicCheckpointIO()],
         logger=loggers,
         default_root_dir=folder,
+        use_distributed_sampler=False,  # ours knows the ranks
         check_val_every_n_epoch=None,
         val_check_interval=validation_interval(steps, config.evaluate.validations),
         num_sanity_val_steps=0,
         inference_mode=False,  # validation adapts, which needs gradients
         enable_model_summary=False,
     )
+    if trainer.world_size > config.algo.meta_batch:
+        raise ConfigError(
+            f"{trainer.world_size} processes share a meta-batch of algo.meta_batch={config.algo.meta_batch} episodes: "
+            f"give algo.meta_batch={trainer.world_size} or more, or fewer trainer.devices"
+        )
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")  # its successor is too new
+        warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every rank has the scores of all tasks
         # ours is: the sampler starts from the trainer's meta-step
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from metaseg.config import config_sha256
 from metaseg.errors import UserError
+from metaseg.ranks import check_launchable, leads
 
 OUTCOME = "outcome.json"
 
@@ -56,14 +57,18 @@ def recorded(run: Callable[[DictConfig, Path], float], config: DictConfig, folde
     if config.skip_done and earlier and (earlier["state"], earlier["config_sha256"]) == ("finished", sha256):
         Console().print(f"skip_done: {folder} has finished with this configuration", soft_wrap=True)
         return float(earlier["headline"])
-    (folder / OUTCOME).unlink(missing_ok=True)
+    if leads(config):
+        (folder / OUTCOME).unlink(missing_ok=True)
     try:
+        check_launchable(config)
         headline = run(config, folder)
     except Exception as error:
         told = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        _write(folder, {"state": "failed", "headline": None, "config_sha256": sha256, "error": told})
+        if leads(config):
+            _write(folder, {"state": "failed", "headline": None, "config_sha256": sha256, "error": told})
         raise
-    _write(folder, {"state": "finished", "headline": headline, "config_sha256": sha256, "error": None})
+    if leads(config):
+        _write(folder, {"state": "finished", "headline": headline, "config_sha256": sha256, "error": None})
     return headline
 
 
