@@ -85,9 +85,14 @@ class StopOnSignal(pl.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over the signals; Lightning's own handling of SIGTERM would save nothing."""
+        """Remember who had the signals, before Lightning takes SIGTERM."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
+    def on_train_start(self, *_: Any) -> None:
+        """Take them over; Lightning's own handling would save nothing, and have ranks wait for each other for ever."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Between two meta-steps all state is consistent."""
