@@ -236,7 +236,10 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     )
     trainer = config.trainer
     if not is_distributed(config):
-        yield trainer.devices != 1, f"trainer.devices={trainer.devices}: several processes take trainer=ddp"
+        yield (
+            trainer.devices != 1,
+            f"trainer.devices={trainer.devices}: give trainer.devices=1, or trainer=ddp for more",
+        )
         return
     ddp = OmegaConf.is_dict(trainer.strategy) and trainer.strategy.get("_target_") == DDP
     yield not ddp, f"trainer.strategy={trainer.strategy}: choose trainer=ddp for several processes"

@@ -28,7 +28,7 @@ from metaseg.ranks import check_launchable
 from metaseg.run import run
 from metaseg.sweep import read_outcome
 
-STEPS = 6
+STEPS = 4
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
@@ -162,7 +162,7 @@ def test_ranks_share_out_each_meta_batch() -> None:
 @pytest.mark.parametrize(
     ("overrides", "cure"),
     [
-        (["trainer.devices=2"], "trainer.devices=2: several processes take trainer=ddp"),
+        (["trainer.devices=2"], "give trainer.devices=1, or trainer=ddp for more"),
         (["+trainer.strategy=fsdp"], "trainer.strategy=fsdp: choose trainer=ddp"),
         (["trainer=ddp", "algo=finetune"], "mode=fit_test of algo=finetune has none: use trainer=auto"),
         (["trainer=ddp", "trainer.accelerator=cpu"], "trainer.devices=auto: on the CPU give the number"),
