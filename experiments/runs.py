@@ -24,9 +24,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from metaseg.compare import compare, read_run, task_means
-from metaseg.config import config_dir, config_sha256
+from metaseg.config import config_dir
 from metaseg.initialisation import read_about
 from metaseg.metrics import bootstrap_ci95
+from metaseg.sweep import finished
 
 Row = dict[str, Any]
 
@@ -48,17 +49,8 @@ class Run:
     overrides: list[str]
 
     def done(self) -> bool:
-        """Whether it has finished with this very configuration, of the initialisation that is there now."""
-        if not (self.folder / "results.json").is_file():
-            return False
-        config = composed(self.overrides)
-        inits = [config.ckpt_path, *(config.curves.inits or {}).values()]
-        written = (self.folder / "results.json").stat().st_mtime
-        if any(path and Path(path).is_file() and Path(path).stat().st_mtime > written for path in inits):
-            return False
-        found = self.results()
-        # an older version did not write down which episodes they were: those cannot be compared
-        return found.get("config_sha256") == config_sha256(config) and "episodes" in found
+        """Whether it has finished with this very configuration, of the initialisations that are there now."""
+        return finished(composed(self.overrides), self.folder) is not None
 
     def results(self) -> dict[str, Any]:
         """Of results.json."""

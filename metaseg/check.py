@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from metaseg.config import config_dir
-from metaseg.data.source import SPLITS, TaskSource, splits_sha256
+from metaseg.data.source import SPLITS, TaskSource, image_counts, splits_sha256
 from metaseg.job import create
 from metaseg.run import launch
 
@@ -20,8 +20,8 @@ def describe(source: TaskSource) -> str:
     if report is not None:
         return "\n".join([*lines, report()])
     for split in SPLITS:
-        names = source.names(split)
-        lines.append(f"{split}: {len(names)} classes, {sum(source.count(name) for name in names)} images")
+        counts = image_counts(source, split)
+        lines.append(f"{split}: {len(counts)} classes, {counts.sum()} images")
     return "\n".join(lines)
 
 

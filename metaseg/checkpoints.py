@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,17 +72,22 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopOnSignal(pl.Callback):
-    """On SIGTERM or SIGINT finishes the meta-step, writes `last.ckpt` and ends the process with `RESUMABLE`.
+    """On SIGTERM, SIGINT or SIGUSR2 finishes the meta-step, writes `last.ckpt`, ends the process with `RESUMABLE`.
 
-    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere.
+    SIGUSR2 is what submitit has Slurm send before a job's time is over.
+
+    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere; within
+    a second it is taken for the same, which a launcher passes on and the terminal or Slurm sends to all processes.
+
     Of several ranks one that receives a signal is enough: after each meta-step, and each scored episode, all agree.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAST
         self.received: signal.Signals | None = None
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -116,8 +122,11 @@ class StopOnSignal(pl.Callback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, self._before[self.received])  # the second time
+        if self.received == number and time.monotonic() - self._when > 1:
+            signal.signal(number, self._before[self.received])
+            signal.raise_signal(number)
+            return
+        self.received, self._when = signal.Signals(number), time.monotonic()
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The number of the signal that this rank or another has received; 0 for none."""

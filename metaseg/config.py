@@ -155,6 +155,13 @@ def config_sha256(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
+def initialisations(config: DictConfig) -> list[Path]:
+    """The files that a run takes θ from; not those by which it goes on with its own meta-training."""
+    named = [None if trains(config) else config.ckpt_path, config.model.get("weights")]
+    named += (config.curves.inits or {}).values() if config.mode == "curves" else []
+    return [path for name in named if name and (path := Path(str(name)).expanduser()).is_file()]
+
+
 def trains(config: DictConfig) -> bool:
     """Whether the run meta-trains."""
     return config.mode in ("fit_test", "fit") and config.algo.method is not None

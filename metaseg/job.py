@@ -18,7 +18,7 @@ from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
 from metaseg.config import check, config_sha256, inner_config, make_update, plain, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.data.source import SPLITS, Split, TaskSource, splits_sha256, task_ids
+from metaseg.data.source import SPLITS, Split, TaskSource, image_counts, splits_sha256, task_ids
 from metaseg.errors import WeightsError
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
@@ -164,7 +164,7 @@ def describe(job: Job, about: About) -> dict[str, Any]:
             "queries": e.queries,
             "draws": e.draws,
             "image_size": job.source.image_size,
-            "images": sum(job.source.count(task) for split in SPLITS for task in job.source.names(split)),
+            "images": sum(int(image_counts(job.source, split).sum()) for split in SPLITS),
             "data_seed": config.dataset.get("seed"),  # of data that are drawn themselves
         },
         "shots": e.shots,
@@ -188,12 +188,16 @@ def fingerprint(job: Job) -> str:
     named["uho"] = {key: value for key, value in config["uho"].items() if key not in ("trials", "storage")}
     named["evaluate"] = {key: config["evaluate"][key] for key in ("shots", "queries", "draws", "val_tasks", "seed")}
     named["splits"] = job.about.splits_sha256
-    named["images"] = {task: job.source.count(task) for split in SPLITS for task in job.source.names(split)}
+    named["images"] = {
+        task: count
+        for split in SPLITS
+        for task, count in zip(job.source.names(split), image_counts(job.source, split).tolist(), strict=True)
+    }
     named["dataset"] = {  # the same data may lie elsewhere
         key: value
         for key, value in named["dataset"].items()
         if key not in ("cache_dir", "workers") and not key.endswith("root")
-    }
+    } | {"image_size": job.source.image_size}  # which a configuration may leave to the data
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     for name, tensor in sorted(job.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

@@ -204,8 +204,8 @@ def _hydra_main(config: DictConfig) -> float:
     from metaseg.sweep import recorded, sweep_job
 
     hydra = HydraConfig.get()
-    do = sweep_job if hydra.mode == RunMode.MULTIRUN else recorded
-    return do(run, config, Path(hydra.runtime.output_dir))
+    folder = Path(hydra.runtime.output_dir)
+    return sweep_job(config, folder) if hydra.mode == RunMode.MULTIRUN else recorded(run, config, folder)
 
 
 def launch(hydra_main: Callable[[], Any]) -> None:

@@ -3,19 +3,27 @@
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
+from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metaseg.config import config_sha256
+from metaseg.checkpoints import RESUMABLE, Stopped
+from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import UserError
 from metaseg.ranks import check_launchable, leads
 
@@ -43,7 +51,25 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
 
 
-def recorded(run: Callable[[DictConfig, Path], float], config: DictConfig, folder: Path) -> float:
+Run = Callable[[DictConfig, Path], float]
+"""Does what a configuration says, leaves the results in a folder and returns its headline metric."""
+
+
+def finished(config: DictConfig, folder: Path) -> float | None:
+    """The headline metric of the run in a folder; None unless it has finished with this very configuration.
+
+    None, too, if an initialisation that it takes has been written since.
+    """
+    outcome = read_outcome(folder)
+    if not outcome or (outcome["state"], outcome["config_sha256"]) != ("finished", config_sha256(config)):
+        return None
+    written = (folder / OUTCOME).stat().st_mtime
+    if any(file.stat().st_mtime > written for file in initialisations(config)):
+        return None
+    return float(outcome["headline"])
+
+
+def recorded(run: Run, config: DictConfig, folder: Path) -> float:
     """Do a run, and leave in its folder how it ended; one that has already finished is not run again on `skip_done`.
 
     Returns:
@@ -52,34 +78,112 @@ def recorded(run: Callable[[DictConfig, Path], float], config: DictConfig, folde
     Raises:
         Exception: what `run` raised, after it is written down.
     """
-    sha256 = config_sha256(config)
-    earlier = read_outcome(folder)
-    if config.skip_done and earlier and (earlier["state"], earlier["config_sha256"]) == ("finished", sha256):
-        Console().print(f"skip_done: {folder} has finished with this configuration", soft_wrap=True)
-        return float(earlier["headline"])
+    earlier = _done(config, folder)
+    if earlier is not None:
+        return earlier
     if leads(config):
         (folder / OUTCOME).unlink(missing_ok=True)
     try:
         check_launchable(config)
         headline = run(config, folder)
     except Exception as error:
-        told = str(error) if isinstance(error, UserError) else traceback.format_exc()
         if leads(config):
-            _write(folder, {"state": "failed", "headline": None, "config_sha256": sha256, "error": told})
+            write_failure(folder, config, str(error) if isinstance(error, UserError) else traceback.format_exc())
         raise
     if leads(config):
-        _write(folder, {"state": "finished", "headline": headline, "config_sha256": sha256, "error": None})
+        _write(
+            folder, {"state": "finished", "headline": headline, "config_sha256": config_sha256(config), "error": None}
+        )
     return headline
 
 
-def sweep_job(run: Callable[[DictConfig, Path], float], config: DictConfig, folder: Path) -> float:
-    """`recorded` as a job of a multirun: if it fails, the error is shown and NaN returned, and the others go on."""
+def sweep_job(config: DictConfig, folder: Path) -> float:
+    """A run as a job of a multirun, in a process of its own: however it ends, the others go on.
+
+    Returns:
+        The run's headline metric, now or then; NaN if the job failed or was killed, which is written down.
+
+    Raises:
+        Stopped: if the sweep was told to stop (`checkpoints.StopOnSignal`), and its job has left a checkpoint.
+        SystemExit: if it was told to stop at another time.
+        ConfigError: if a multirun has no such jobs.
+    """
+    check_launchable(config)
+    done = _done(config, folder)
+    if done is not None:
+        return done
+    (folder / OUTCOME).unlink(missing_ok=True)
+    hydra = HydraConfig.get()
+    told = {
+        "config": plain(config),
+        "folder": str(folder),
+        "logging": OmegaConf.to_container(hydra.job_logging, resolve=True),
+    }
+    # submitit divides no threads, unlike joblib and Ray; torch would take all of the machine's
+    threads = hydra.launcher.get("cpus_per_task")
+    environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
+    # not by multiprocessing, which joblib's and Ray's workers have bent to their own ways
+    command = [sys.executable, "-c", f"import {__name__} as s; s.job()"]
+    process = subprocess.Popen(command, stdin=PIPE, text=True, env=environment)
+    with _passing_on(process) as received:
+        process.communicate(json.dumps(told))
+    if process.returncode == RESUMABLE:
+        raise Stopped
+    if received:
+        sys.exit(128 + received[0])
+    outcome = read_outcome(folder)
+    if outcome is None:
+        write_failure(folder, config, _how_it_died(process.returncode))
+        sys.stderr.write(f"metaseg: {_how_it_died(process.returncode)}\nthe other jobs go on: {folder}\n")
+    return math.nan if outcome is None or outcome["headline"] is None else float(outcome["headline"])
+
+
+def job() -> None:
+    """A job's own process: does what standard input says, and tells of an error."""
+    from metaseg.run import run
+
+    told = json.load(sys.stdin)
+    configure_log(OmegaConf.create(told["logging"]))
     try:
-        return recorded(run, config, folder)
+        recorded(run, OmegaConf.create(told["config"]), Path(told["folder"]))
     except Exception as error:
-        told = f"metaseg: {error}" if isinstance(error, UserError) else traceback.format_exc()
-        sys.stderr.write(f"{told}\nthis job has failed, the others go on: {folder}\n")
-        return math.nan
+        why = f"metaseg: {error}" if isinstance(error, UserError) else traceback.format_exc()
+        sys.stderr.write(f"{why}\nthis job has failed, the others go on: {told['folder']}\n")
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Meanwhile what tells this process to stop tells the job's; yields the signals received.
+
+    Not where a launcher has plans for them: submitit queues the job again, and Slurm tells all processes by itself.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches it by itself
+            process.terminate()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    unplanned = all(handler in (signal.SIG_DFL, signal.default_int_handler) for handler in before.values())
+    if not unplanned or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    for number in before:
+        signal.signal(number, pass_on)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _how_it_died(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"this job's process ended with exit code {exit_code} and left no outcome"
+    name = signal.Signals(-exit_code).name
+    why = "; the machine may be out of memory: fewer jobs side by side" if name == "SIGKILL" else ""
+    return f"this job's process was killed by {name}{why}"
 
 
 class SummaryAtTheEnd(Callback):
@@ -97,6 +201,18 @@ class SummaryAtTheEnd(Callback):
                 f"metaseg: {len(failed)} jobs have not finished: {', '.join(path.name for path in failed)}. The same "
                 f"command with skip_done=true hydra.sweep.dir={folder} runs these again, and no other"
             )
+
+
+def _done(config: DictConfig, folder: Path) -> float | None:
+    headline = finished(config, folder) if config.skip_done else None
+    if headline is not None:
+        Console().print(f"skip_done: {folder} has finished with this configuration", soft_wrap=True)
+    return headline
+
+
+def write_failure(folder: Path, config: DictConfig, told: str) -> None:
+    """Leave in a run's folder that it has failed, and why."""
+    _write(folder, {"state": "failed", "headline": None, "config_sha256": config_sha256(config), "error": told})
 
 
 def _write(folder: Path, outcome: Outcome) -> None:

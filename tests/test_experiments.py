@@ -24,6 +24,7 @@ from metaseg.initialisation import save_initialisation
 from metaseg.models import EfficientLab
 from metaseg.pictures import find_labelled
 from metaseg.run import run as run_config
+from metaseg.sweep import recorded
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import ablations
@@ -33,6 +34,7 @@ import learning_curves
 import lr_grid
 import main_table
 import runs
+import scaling
 import update_search
 
 SCRIPTS = [main_table, ablations, update_search, learning_curves, batchnorm, lr_grid]
@@ -52,7 +54,7 @@ def run_here(wanted: Sequence[runs.Run], jobs: int = 1) -> list[Words]:
     todo = [run for run in wanted if not run.done()]
     for run in todo:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run_config(runs.composed(run.overrides), run.folder)
+        recorded(run_config, runs.composed(run.overrides), run.folder)
     return [run.overrides for run in todo]
 
 
@@ -193,6 +195,45 @@ def test_batch_norm_policies_share_their_inner_steps(
     assert [row["row"] for row in found] == ["reptile, running", "reptile, support", "reptile, batch"]
     assert len({row["update_lr"] for row in found}) == 1
     assert found[0]["gain"] == ""
+
+
+def test_scaling_measures_and_fills_its_page(data: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Words] = []
+
+    def here(words: Words, folder: Path, threads: int) -> None:
+        done.append(words)
+        folder.mkdir()
+        run_config(runs.composed(words), folder)
+
+    monkeypatch.setattr(scaling, "execute", here)
+    page = tmp_path / "page.md"
+    page.write_text((Path(__file__).parents[1] / "docs" / "scaling.md").read_text())
+    words = ["--sizes=32", "--meta-batches", "1", "2", "--steps=1", "--tasks", "3", "40", "--episodes=2", "--ranks"]
+    scaling.main([*words, "--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--fill", str(page), "--", *data])
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["meta_batch"] for row in found["steps"]] == [1, 2]
+    assert [row["tasks"] for row in found["tasks"]] == ["the source itself", 3, 40]
+    assert found["tasks"][2]["index_bytes"] > found["tasks"][1]["index_bytes"]
+    assert found["reduced_bytes"] > 4 * 1_920_674  # the parameters, and the statistics
+    assert found["checkpoint"]["bytes"] > 4 * 1_920_674
+    assert (tmp_path / "scaling.png").read_bytes().startswith(PNG)
+    filled = page.read_text()
+    assert "| 32² | 2 | 1 | 1 |" in filled
+    assert filled.count("<!-- measured: ") == filled.count("<!-- end -->") == 4
+    scaling.fill(page, dict.fromkeys(("meta-step", "ranks", "tasks", "loading"), "again"))
+    assert "| 32² |" not in page.read_text()
+
+
+def test_the_model_of_a_meta_step() -> None:
+    rows = [{"size": 64, "meta_batch": m, "ranks": 1, "threads": 1, "seconds": 0.5 * m + 0.25} for m in (1, 2, 5)]
+    larger = {**rows[0], "size": 96, "seconds": 1.25}
+    fitted = scaling.fit([*rows, larger, {**rows[0], "threads": 2, "seconds": 99.0}])
+    assert fitted["t_outer"] == pytest.approx(0.25)
+    assert fitted["t_episode"] == pytest.approx({64: 0.5, 96: 1.0})
+    assert scaling.model(0.5, 0.25, 10**6, meta_batch=5, ranks=1, link="1 Gbit/s Ethernet") == pytest.approx(2.75)
+    # two ranks: three episodes on the one; each sends half of the bytes and then the other half's sum
+    reduced = 10**6 / 0.11e9 + 2 * 100e-6
+    assert scaling.model(0.5, 0.25, 10**6, 5, 2, "1 Gbit/s Ethernet") == pytest.approx(1.75 + reduced)
 
 
 def test_the_grid_scores_validation_tasks_on_the_way(

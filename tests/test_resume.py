@@ -1,16 +1,19 @@
 """Real processes, stopped and killed while they meta-train: the same command goes on, to the same end bit for bit."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from trees import write_data
 
 from metaseg.checkpoints import RESUMABLE, AtomicCheckpointIO
@@ -19,57 +22,79 @@ from metaseg.errors import ConfigError
 from metaseg.run import resumed, run
 
 STEPS = 24
+KILLS = 5
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of `STEPS` meta-steps with a checkpoint at each and two validations."""
     data = write_data(tmp_path_factory.mktemp("data"))
-    quick = ["debug=fast", "model.weights=null", "logger=csv", "trainer=cpu", "workers=0", "evaluate.validations=2"]
+    quick = [
+        "debug=fast",
+        "model.weights=null",
+        "logger=csv",
+        "trainer=cpu",
+        "workers=0",
+        "evaluate.validations=2",
+        "algo.inner.steps=1",
+    ]
     return [*data, *quick, "checkpoint_every=1", f"trainer.max_steps={STEPS}"]
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "metaseg.run", *words, f"hydra.run.dir={folder}", "ckpt_path=last"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(config: DictConfig, folder: Path) -> BaseProcess:
+    """The run in a process of its own; forked, for this one has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(config, folder))
+    process.start()
+    return process
+
+
+def _run(config: DictConfig, folder: Path) -> None:
+    errors = os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(errors, stream)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # pytest's does not end there
+    run(config, folder)
 
 
 def step_of(checkpoint: Path) -> int:
     return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.is_file() else 0
 
 
-def interrupt(words: list[str], folder: Path, number: signal.Signals, draw: random.Random) -> tuple[int, str, int]:
-    """Start the run, send it a signal at a random moment of its meta-training; (exit code, stderr, meta-steps done)."""
+def interrupt(config: DictConfig, folder: Path, number: signal.Signals, wait_s: float) -> tuple[int | None, int]:
+    """Start the run, and some time after its first new checkpoint send it a signal; (exit code, meta-steps done)."""
     last = folder / "checkpoints" / "last.ckpt"
     before = last.stat().st_mtime_ns if last.exists() else 0
-    process = start(words, folder)
-    while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
-        time.sleep(0.01)
-    time.sleep(0.2 * draw.random())
-    process.send_signal(number)
-    _, stderr = process.communicate()
-    return process.returncode, stderr, step_of(last)
+    process = start(config, folder)
+    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+        time.sleep(0.005)
+    time.sleep(wait_s)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    return process.exitcode, step_of(last)
 
 
 def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(words: list[str], tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", overrides=words)
+        config, resuming = (compose("config", overrides=[*words, *more]) for more in ([], ["ckpt_path=last"]))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
+    for folder in (whole, broken):
+        folder.mkdir()
     run(config, whole)
     draw = random.Random(time.time_ns())
 
-    code, stderr, reached = interrupt(words, broken, signal.SIGTERM, draw)
+    code, reached = interrupt(resuming, broken, signal.SIGTERM, 0)
+    stderr = (broken / "stderr").read_text()
     assert code == RESUMABLE, stderr
     assert f"stopped by SIGTERM at meta-step {reached}; the same command with ckpt_path=last goes on" in stderr
-    for _ in range(2):
-        code, stderr, later = interrupt(words, broken, signal.SIGKILL, draw)
-        assert code == -signal.SIGKILL, stderr
+    for _ in range(KILLS):
+        code, later = interrupt(resuming, broken, signal.SIGKILL, 0.1 * draw.random())
+        assert code == -signal.SIGKILL, (broken / "stderr").read_text()
         assert reached <= later <= STEPS
         reached = later
-    process = start(words, broken)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    process = start(resuming, broken)
+    process.join()
+    assert process.exitcode == 0, (broken / "stderr").read_text()
 
     for name in ("last.ckpt", "best.ckpt"):
         first, second = (torch.load(part / "checkpoints" / name, weights_only=True) for part in (whole, broken))

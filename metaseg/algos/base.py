@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metaseg.adapt import Adapter
 from metaseg.data.episodes import check_counts, sample_episode
-from metaseg.data.source import TaskSource
+from metaseg.data.source import TaskSource, image_counts
 from metaseg.episode import Batch, Episode
 from metaseg.errors import ConfigError
 from metaseg.seeding import derive_seed, generator
@@ -58,6 +58,7 @@ class Algorithm(ABC):
         Raises:
             ConfigError: saying what to change.
         """
-        if not source.names("train"):
+        names = source.names("train")
+        if not names:
             raise ConfigError("the train split has no task to meta-train on; put classes into it, or use mode=test")
-        check_counts(source, source.names("train"), self.shots, ["algo.method.shots"])
+        check_counts(names, image_counts(source, "train"), self.shots, ["algo.method.shots"])

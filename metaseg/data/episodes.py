@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metaseg.data.source import Split, TaskSource
@@ -26,23 +27,25 @@ def sample_episode(
     return Episode(task, seed, support=drawn[queries:], query=drawn[:queries])
 
 
-def check_counts(source: TaskSource, tasks: Sequence[str], needed: int, keys: Sequence[str]) -> None:
+def check_counts(tasks: Sequence[str], counts: ArrayLike, needed: int, keys: Sequence[str]) -> None:
     """Refuse tasks with too few images for an episode.
 
     Args:
-        source: the data set.
         tasks: to look at.
+        counts: images of each.
         needed: images of an episode.
         keys: what the config calls the numbers that `needed` comes from, for the message.
 
     Raises:
         DataError: naming the tasks.
     """
-    short = [f"{task} ({source.count(task)})" for task in tasks if source.count(task) < needed]
-    if short:
+    counts = np.asarray(counts)
+    short = np.flatnonzero(counts < needed)
+    if len(short):
+        named = [f"{tasks[i]} ({counts[i]})" for i in short[:10]]
         raise DataError(
             f"an episode needs {needed} different images of its class (support + query), but {len(short)} classes have "
-            f"fewer: {', '.join(short[:10])}{' …' if len(short) > 10 else ''}. Lower "
+            f"fewer: {', '.join(named)}{' …' if len(short) > 10 else ''}. Lower "
             f"{' or '.join(keys)}, give these classes more images (emoji: dataset.images_per_class), or leave them out "
             "(folders: dataset.min_images)."
         )
@@ -50,10 +53,11 @@ def check_counts(source: TaskSource, tasks: Sequence[str], needed: int, keys: Se
 
 def choose_tasks(source: TaskSource, split: Split, number: int | None, seed: int) -> list[str]:
     """A fixed sample of the split's tasks, sorted by name; all of them for None or if there are fewer."""
-    names = list(source.names(split))
+    names = source.names(split)
     if number is None or number >= len(names):
-        return names
-    return sorted(generator(seed, split, "tasks").choice(names, number, replace=False).tolist())
+        return list(names)
+    chosen = generator(seed, split, "tasks").choice(len(names), number, replace=False)
+    return sorted(names[i] for i in chosen)
 
 
 class EvaluationEpisodes(Dataset[Episode]):
@@ -93,7 +97,7 @@ class EvaluationEpisodes(Dataset[Episode]):
     ) -> None:
         if not tasks:
             raise DataError(f"the {split} split has no task; put at least one class into it")
-        check_counts(source, tasks, shots + queries, keys)
+        check_counts(tasks, [source.count(task) for task in tasks], shots + queries, keys)
         self.source, self.split, self.tasks, self.update = source, split, tasks, update
         self.shots, self.queries, self.draws, self.seed = shots, queries, draws, seed
 

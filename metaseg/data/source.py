@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,21 @@ class TaskSource(Protocol):
             images, RGB, shape (len(which), image_size, image_size, 3), 0 … 255; and masks, shape (len(which),
             image_size, image_size), 1 on the object and 0 elsewhere.
         """
+
+
+@runtime_checkable
+class ManyTasks(Protocol):
+    """What a `TaskSource` of so many tasks has, too, that asking for them one by one would take seconds."""
+
+    def counts(self, split: Split) -> NDArray[np.int64]:
+        """`count` of all of the split's tasks, in the order of their names."""
+
+
+def image_counts(source: TaskSource, split: Split) -> NDArray[np.int64]:
+    """`count` of all of the split's tasks, in the order of their names; a source of very many has them at hand."""
+    if isinstance(source, ManyTasks):
+        return source.counts(split)
+    return np.array([source.count(task) for task in source.names(split)], np.int64)
 
 
 def task_ids(source: TaskSource, split: Split) -> list[str]:
