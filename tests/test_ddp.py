@@ -34,9 +34,9 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run with a checkpoint at each meta-step, two validations of one episode, and a test of two."""
+    """A run with a checkpoint at each meta-step, a validation of one episode, and a test of two."""
     data = write_data(tmp_path_factory.mktemp("data"))
-    quick = ["debug=fast", "model.weights=null", "logger=csv", "workers=0", "evaluate.validations=2"]
+    quick = ["debug=fast", "model.weights=null", "logger=csv", "workers=0", "evaluate.validations=1"]
     return [
         *data,
         *quick,
