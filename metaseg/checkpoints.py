@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -31,10 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Stopped(SystemExit):
-    """Ends a process with the exit code `RESUMABLE`."""
+    """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
 
-    def __init__(self) -> None:
-        super().__init__(RESUMABLE)
+    With another code than 0 from any other one, Lightning and torchrun would kill the first before it is done.
+    """
+
+    def __init__(self, leads: bool = True) -> None:
+        super().__init__(RESUMABLE if leads else 0)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -74,6 +78,8 @@ class StopOnSignal(pl.Callback):
 
     A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere; within
     a second it is taken for the same, which a launcher passes on and the terminal or Slurm sends to all processes.
+
+    Of several ranks one that receives a signal is enough: after each meta-step, and each scored episode, all agree.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -85,20 +91,27 @@ class StopOnSignal(pl.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take over the signals; Lightning's own handling of SIGTERM would save nothing."""
+        """Remember who had the signals, before Lightning takes SIGTERM."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
+    def on_train_start(self, *_: Any) -> None:
+        """Take them over; Lightning's own handling would save nothing, and have ranks wait for each other for ever."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Between two meta-steps all state is consistent."""
-        if self.received:
+        number = self._agreed(trainer)
+        if number:
             trainer.save_checkpoint(self.path, weights_only=False)
-            self._stop(trainer.global_step)
+            self._stop(trainer, number)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """θ stays as it is while validating, and the last checkpoint will do."""
-        if self.received:
-            self._stop(trainer.global_step)
+        number = self._agreed(trainer)
+        if number:
+            self._stop(trainer, number)
 
     def on_fit_end(self, *_: Any) -> None:
         """Give the signals back."""
@@ -115,11 +128,19 @@ class StopOnSignal(pl.Callback):
             return
         self.received, self._when = signal.Signals(number), time.monotonic()
 
-    def _stop(self, step: int) -> None:
-        assert self.received is not None
-        how = f"stopped by {self.received.name} at meta-step {step}; the same command with ckpt_path=last goes on"
-        sys.stderr.write(f"metaseg: {how}\n")
-        raise Stopped
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The number of the signal that this rank or another has received; 0 for none."""
+        number = int(self.received or 0)
+        if trainer.world_size == 1:
+            return number
+        mine = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        how = f"stopped by {signal.Signals(number).name} at meta-step {trainer.global_step}"
+        if trainer.is_global_zero:
+            sys.stderr.write(f"metaseg: {how}; the same command with ckpt_path=last goes on\n")
+        raise Stopped(trainer.is_global_zero)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -10,23 +10,43 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError
 from metaseg.initialisation import check_trusted, read_about
+from metaseg.ranks import is_distributed
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
 SEARCHES = ("uho", "search")  # modes of which several workers may share a study
+DDP = "pytorch_lightning.strategies.DDPStrategy"
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
 )
+
+
+def sweep_name() -> str | None:
+    """The name that the jobs of this multirun share, of their folder's last two parts; None for a run alone."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])
+
+
+def chosen(group: str) -> str | None:
+    """The preset that was chosen of a group of the configuration; None where Hydra has not been the one to choose."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
+for resolver in (sweep_name, chosen):  # of conf/logger/wandb.yaml
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def config_dir() -> Path:
@@ -270,9 +290,23 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         accelerator in ("gpu", "cuda") and not torch.cuda.is_available(),
         f"trainer.accelerator={accelerator}, but torch sees no CUDA device: use trainer=cpu or trainer=auto",
     )
+    trainer = config.trainer
+    if not is_distributed(config):
+        yield (
+            trainer.devices != 1,
+            f"trainer.devices={trainer.devices}: give trainer.devices=1, or trainer=ddp for more",
+        )
+        return
+    ddp = OmegaConf.is_dict(trainer.strategy) and trainer.strategy.get("_target_") == DDP
+    yield not ddp, f"trainer.strategy={trainer.strategy}: choose trainer=ddp for several processes"
     yield (
-        config.trainer.devices != 1,
-        f"trainer.devices={config.trainer.devices}: one process for now, trainer.devices=1",
+        not trains(config),
+        f"trainer=ddp is for meta-training, of which mode={mode} of algo={config.algo.name} has none: use trainer=auto",
+    )
+    devices = trainer.devices
+    yield (
+        accelerator == "cpu" and not (isinstance(devices, int) and devices >= 1),
+        f"trainer.devices={devices}: on the CPU give the number of processes, as trainer.devices=2",
     )
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from metaseg import ranks
 from metaseg.adapt import Adapter, Engine, Lanes
 from metaseg.data.episodes import EvaluationEpisodes, episode_loader, one_thread
 from metaseg.data.source import Split
@@ -280,7 +281,7 @@ class Scoring:
     """Iterates over episodes, adapts θ as it is then to each, and gives what that scored.
 
     On the CPU whole episodes are shared out among processes of one thread each, which lose less than threads that
-    share a step; on CUDA the engine's lanes run side by side.
+    share a step; on CUDA the engine's lanes run side by side. Of several ranks each takes its share, and has all.
 
     Args:
         theta: the network; not changed.
@@ -288,7 +289,8 @@ class Scoring:
         update: ω.
         engine: computes the steps.
         rungs: inner steps on the way at which to score, too.
-        processes: how many on the CPU, on Linux without a GPU; None takes as many as torch has threads.
+        processes: how many on the CPU, on Linux without a GPU; None takes as many as torch has threads,
+            or one if there are several ranks, which are processes already.
         workers: loader processes on CUDA.
     """
 
@@ -310,24 +312,29 @@ class Scoring:
         return len(self.episodes)
 
     def __iter__(self) -> Iterator[Example]:
+        yield from ranks.in_turns(self._own())
+
+    def _own(self) -> Iterator[Example]:
         lanes = self.engine(self.theta, self.update)
         device = next(self.theta.parameters()).device
+        episodes = Subset(self.episodes, ranks.share(len(self)))
         if device.type == "cpu":
-            yield from self._in_processes(lanes)
+            yield from self._in_processes(lanes, episodes)
             return
-        loader = iter(episode_loader(self.episodes, self.workers, pin_memory=True))
+        loader = iter(episode_loader(episodes, self.workers, pin_memory=True))
         while few := [episode for (episode,) in islice(loader, len(lanes))]:
             score = partial(_adapt_and_score, self.theta, self.rungs)
             for episode, scored in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
                 yield _example(episode, scored)
 
-    def _in_processes(self, lanes: Lanes) -> Iterator[Example]:
-        processes = min(self.processes or torch.get_num_threads(), len(self))
+    def _in_processes(self, lanes: Lanes, episodes: Subset[Episode]) -> Iterator[Example]:
+        usual = torch.get_num_threads() if ranks.size() == 1 else 1
+        processes = min(self.processes or usual, len(episodes))
         # other ways to start would share φ among the processes; autograd with CUDA's threads cannot be forked
         if processes == 1 or torch.cuda.is_available() or not sys.platform.startswith("linux"):
             processes = 0
         yield from DataLoader(
-            _Scored(self.theta, self.episodes, self.rungs, lanes),
+            _Scored(self.theta, episodes, self.rungs, lanes),
             batch_size=None,
             num_workers=processes,
             worker_init_fn=one_thread,
@@ -338,7 +345,7 @@ class Scoring:
 class _Scored(Dataset[Example]):
     """Item i is what episode i scored, computed where it is asked for."""
 
-    def __init__(self, theta: nn.Module, episodes: EvaluationEpisodes, rungs: Set[int], lanes: Lanes) -> None:
+    def __init__(self, theta: nn.Module, episodes: Subset[Episode], rungs: Set[int], lanes: Lanes) -> None:
         self.theta, self.episodes, self.rungs, self.lanes = theta, episodes, rungs, lanes
 
     def __len__(self) -> int:
@@ -399,7 +406,7 @@ def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:
     """Score all episodes, with a progress bar; keep the first `examples` to look at."""
     scores: list[Score] = []
     kept: list[Example] = []
-    for example in track(scoring, description=title):
+    for example in track(scoring, description=title, disable=ranks.rank() > 0):
         scores.append(example.score)
         if len(kept) < examples:
             kept.append(example)

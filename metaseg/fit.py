@@ -17,11 +17,13 @@ from metaseg.card import write_card
 from metaseg.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, StopOnSignal
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
-from metaseg.data.source import Split
+from metaseg.data.source import SPLITS, Split
+from metaseg.errors import ConfigError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
 from metaseg.job import Job, create, describe, device_of, load, scoring, splits_to_score
 from metaseg.module import MetaModule
+from metaseg.ranks import leads
 from metaseg.report import MetaProgressBar, report
 from metaseg.update import Update
 
@@ -47,11 +49,15 @@ def test(
         more: for the head of results.json.
 
     Returns:
-        What results.json and per_task.csv hold.
+        What results.json and per_task.csv hold; of the former the splits' numbers alone on ranks that do not lead.
     """
-    save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
+    if leads(job.config):
+        save_initialisation(job.net, about, folder / "init.safetensors")  # already now: testing may be interrupted
     job.net.to(device_of(job.config))
     update, validations, evaluations = score(job)
+    rows = list(evaluations.values())[-1].rows()
+    if not leads(job.config):
+        return {split: evaluations[split].summary() if split in evaluations else None for split in SPLITS}, rows
     about = replace(about, update={**about.update, "lr": update.lr})
     save_initialisation(job.net, about, folder / "init.safetensors")
     head = {
@@ -62,7 +68,7 @@ def test(
     }
     results = report(head, evaluations, loggers, folder)
     write_card(folder / "init.safetensors")
-    return results, list(evaluations.values())[-1].rows()
+    return results, rows
 
 
 def headline(results: Mapping[str, Any]) -> float:
@@ -99,20 +105,28 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     best = BestCheckpoint(folder / "checkpoints")
     last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
     for leftover in (folder / "checkpoints").glob("*.partial"):
-        leftover.unlink()  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
     trainer = create(
         config.trainer,
         callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar(), *more],
         plugins=[AtomicCheckpointIO()],
         logger=loggers,
         default_root_dir=folder,
+        use_distributed_sampler=False,  # ours knows the ranks
         check_val_every_n_epoch=None,
         val_check_interval=validation_interval(steps, config.evaluate.validations),
         num_sanity_val_steps=0,
         inference_mode=False,  # validation adapts, which needs gradients
         enable_model_summary=False,
     )
+    if trainer.world_size > config.algo.meta_batch:
+        raise ConfigError(
+            f"{trainer.world_size} processes share a meta-batch of algo.meta_batch={config.algo.meta_batch} episodes: "
+            f"give algo.meta_batch={trainer.world_size} or more, or fewer trainer.devices"
+        )
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")  # its successor is too new
+        warnings.filterwarnings("ignore", message=".*sync_dist=True")  # every rank has the scores of all tasks
         # ours is: the sampler starts from the trainer's meta-step
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         warnings.filterwarnings("ignore", module="pytorch_lightning.utilities._pytree")  # Lightning's own affair

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from metaseg import ranks
 from metaseg.adapt import Adapter, Engine
 from metaseg.algos import Algorithm
 from metaseg.engine.flat import flat, flat_statistics
@@ -64,26 +64,26 @@ class MetaModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, schedule)}
 
     def training_step(self, meta_batch: list[Episode], batch_idx: int) -> None:
-        """One meta-step."""
+        """One meta-step, on this rank's episodes of the meta-batch."""
         started = time.perf_counter()
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         assert isinstance(schedule, LambdaLR)
 
         # 1. each episode's pseudo-gradient, the running statistics that it ended with, and its last loss
-        gradients, statistics, losses = zip(*self.lanes.map(self._learn, meta_batch), strict=True)
+        learned = zip(*self.lanes.map(self._learn, meta_batch), strict=True)
 
-        # 2. their mean, written where any torch optimizer looks for a gradient
-        self.theta.grad = torch.stack(gradients).mean(dim=0)
+        # 2. their means, over all ranks; the first written where any torch optimizer looks for a gradient
+        self.theta.grad, statistics, loss = ranks.means(*learned)
 
         # 3. the outer step
         self.log("train/meta_step_size", optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-        flat_statistics(self.net).copy_(torch.stack(statistics).mean(dim=0))
+        flat_statistics(self.net).copy_(statistics)
 
         # as Python numbers, for which a GPU is waited for: so the seconds are of the work, not of queueing it
-        self.log("train/loss", float(torch.stack(losses).mean()), prog_bar=True)  # of the last inner steps
+        self.log("train/loss", float(loss), prog_bar=True)  # of the last inner steps
         self.log("train/meta_gradient_norm", float(self.theta.grad.norm()))
         self.log("train/seconds", time.perf_counter() - started)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningModule, Trainer
@@ -22,20 +21,12 @@ from metaseg.config import trains
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
-from metaseg.sweep import sweep_name as sweep_name  # conf/logger/wandb.yaml resolves it
 
 SCHEMA = 1
 META_STEP = "meta_step"
 METRICS = ("train", "val", "test", "train_tasks")  # first parts of the names of what W&B shows over the meta-step
 AXES = {"adaptation": "inner_step", "uho": "trial", "curves": "shots"}  # and of the others, with what they are over
 WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B run, which a resumed run goes on with
-
-# of conf/logger/wandb.yaml: the preset of a group that was chosen; null where Hydra has not been the one to choose
-OmegaConf.register_new_resolver(
-    "chosen",
-    lambda group: HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None,
-    replace=True,
-)
 
 
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:

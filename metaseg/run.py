@@ -20,6 +20,7 @@ from metaseg.errors import ConfigError, UserError
 from metaseg.fit import train_and_test
 from metaseg.job import Job, build
 from metaseg.lineage import log_init, use_inits
+from metaseg.ranks import leads
 from metaseg.report import close_loggers, make_loggers
 from metaseg.search import search
 from metaseg.uho import uho
@@ -36,17 +37,16 @@ def run(config: DictConfig, folder: Path) -> float:
     """
     config = resumed(config, folder)
     job = build(config)
-    for name in ("results.json", "card.md"):
+    for name in ("results.json", "card.md") if leads(config) else ():
         (folder / name).unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
-    loggers = make_loggers(config, folder)
+    loggers = make_loggers(config, folder) if leads(config) else []
     exit_code = 1
     try:
         use_inits(loggers, config)
         headline = MODES[config.mode](job, loggers, folder)
         made = folder / "init.safetensors"
-        if (
-            config.mode not in ("test", "curves") and made.is_file()
-        ):  # these leave what they were given; workers nothing
+        # these two leave what they were given; and a search's worker may leave nothing
+        if config.mode not in ("test", "curves") and made.is_file():
             log_init(loggers, made)
         exit_code = 0
     finally:

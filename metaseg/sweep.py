@@ -18,27 +18,18 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from metaseg.checkpoints import RESUMABLE, Stopped
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import UserError
+from metaseg.ranks import check_launchable, leads
 
 OUTCOME = "outcome.json"
 
-OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(), replace=True)  # of conf/logger/wandb.yaml
-
 Outcome = dict[str, Any]
 """Of a run's folder: `state` (finished or failed), `headline` (its metric, or null), `config_sha256`, `error`."""
-
-
-def sweep_name() -> str | None:
-    """The name that the jobs of this multirun share, of their folder's last two parts; None for a run alone."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return "/".join(Path(HydraConfig.get().sweep.dir).parts[-2:])
 
 
 def read_outcome(folder: Path) -> Outcome | None:
@@ -80,13 +71,17 @@ def recorded(run: Run, config: DictConfig, folder: Path) -> float:
     earlier = _done(config, folder)
     if earlier is not None:
         return earlier
-    (folder / OUTCOME).unlink(missing_ok=True)
+    if leads(config):
+        (folder / OUTCOME).unlink(missing_ok=True)
     try:
+        check_launchable(config)
         headline = run(config, folder)
     except Exception as error:
-        write_failure(folder, config, str(error) if isinstance(error, UserError) else traceback.format_exc())
+        if leads(config):
+            _write(folder, config, error=str(error) if isinstance(error, UserError) else traceback.format_exc())
         raise
-    _write(folder, {"state": "finished", "headline": headline, "config_sha256": config_sha256(config), "error": None})
+    if leads(config):
+        _write(folder, config, headline)
     return headline
 
 
@@ -99,7 +94,9 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
     Raises:
         Stopped: if the sweep was told to stop (`checkpoints.StopOnSignal`), and its job has left a checkpoint.
         SystemExit: if it was told to stop at another time.
+        ConfigError: if a multirun has no such jobs.
     """
+    check_launchable(config)
     done = _done(config, folder)
     if done is not None:
         return done
@@ -124,7 +121,7 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
         sys.exit(128 + received[0])
     outcome = read_outcome(folder)
     if outcome is None:
-        write_failure(folder, config, _how_it_died(process.returncode))
+        _write(folder, config, error=_how_it_died(process.returncode))
         sys.stderr.write(f"metaseg: {_how_it_died(process.returncode)}\nthe other jobs go on: {folder}\n")
     return math.nan if outcome is None or outcome["headline"] is None else float(outcome["headline"])
 
@@ -209,12 +206,13 @@ def _done(config: DictConfig, folder: Path) -> float | None:
     return headline
 
 
-def write_failure(folder: Path, config: DictConfig, told: str) -> None:
-    """Leave in a run's folder that it has failed, and why."""
-    _write(folder, {"state": "failed", "headline": None, "config_sha256": config_sha256(config), "error": told})
-
-
-def _write(folder: Path, outcome: Outcome) -> None:
+def _write(folder: Path, config: DictConfig, headline: float | None = None, error: str | None = None) -> None:
+    outcome: Outcome = {
+        "state": "finished" if error is None else "failed",
+        "headline": headline,
+        "config_sha256": config_sha256(config),
+        "error": error,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{OUTCOME}.{os.getpid()}"
     partial.write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

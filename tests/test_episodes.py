@@ -13,7 +13,7 @@ from torch.optim import SGD
 from metaseg.algos import Algorithm, Fomaml, FomamlStar, Joint, Reptile
 from metaseg.data.episodes import (
     EvaluationEpisodes,
-    From,
+    MetaBatches,
     TrainingEpisodes,
     check_counts,
     choose_tasks,
@@ -217,8 +217,8 @@ def test_a_resumed_run_goes_on_where_it_was() -> None:
     draw = partial(Reptile(shots=5).episode, Fake(), update(), 0)
     whole = load(TrainingEpisodes(draw, 12), 0)
     start = 0
-    sampler = From(lambda: start, 12)
-    start = 8  # asked for when the iteration begins
+    sampler = MetaBatches(lambda: start, 6, meta_batch=2, places=range(2))
+    start = 4  # asked for when the iteration begins
     rest = load(TrainingEpisodes(draw, 12), 0, sampler=sampler)
     assert [everything(episode) for episode in rest] == [everything(episode) for episode in whole[8:]]
 

@@ -7,7 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from metaseg.data.episodes import From, episode_loader
+from metaseg import ranks
+from metaseg.data.episodes import MetaBatches, episode_loader
 from metaseg.episode import Episode
 
 
@@ -27,12 +28,12 @@ class EpisodeData(pl.LightningDataModule):
         self.meta_batch, self.workers = meta_batch, workers
 
     def train_dataloader(self) -> DataLoader[list[Episode]]:
-        """One pass over all episodes of the run, from the trainer's current meta-step on."""
-        sampler = From(lambda: self._meta_step() * self.meta_batch, len(self.training))  # type: ignore[arg-type]
+        """One pass over this rank's episodes of each meta-batch of the run, from the trainer's current meta-step on."""
+        own = ranks.share(self.meta_batch)
+        meta_steps = len(self.training) // self.meta_batch  # type: ignore[arg-type]
+        sampler = MetaBatches(self._meta_step, meta_steps, self.meta_batch, own)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return episode_loader(
-            self.training, self.workers, batch_size=self.meta_batch, sampler=sampler, pin_memory=on_gpu
-        )
+        return episode_loader(self.training, self.workers, batch_size=len(own), sampler=sampler, pin_memory=on_gpu)
 
     def val_dataloader(self) -> Iterable[Any]:
         """The validation."""

@@ -129,17 +129,23 @@ class TrainingEpisodes(Dataset[Episode]):
         return self.draw(index)
 
 
-class From(Sampler[int]):
-    """Counts up from `start()`, asked for when the iteration begins, to `end`: a resumed run goes on where it was."""
+class MetaBatches(Sampler[int]):
+    """Episodes of meta-batch after meta-batch, of each those in `places`.
 
-    def __init__(self, start: Callable[[], int], end: int) -> None:
+    It begins with number `start()`, asked for when the iteration begins, and ends before number `end`: a resumed run
+    goes on where it was.
+    """
+
+    def __init__(self, start: Callable[[], int], end: int, meta_batch: int, places: Sequence[int]) -> None:
         self.start, self.end = start, end
+        self.meta_batch, self.places = meta_batch, places
 
     def __iter__(self) -> Iterator[int]:
-        yield from range(self.start(), self.end)
+        for number in range(self.start(), self.end):
+            yield from (number * self.meta_batch + place for place in self.places)
 
     def __len__(self) -> int:
-        return self.end  # Lightning counts a resumed epoch's earlier batches itself
+        return self.end * len(self.places)  # Lightning counts a resumed epoch's earlier batches itself
 
 
 def episode_loader(
