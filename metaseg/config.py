@@ -300,8 +300,8 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     ddp = OmegaConf.is_dict(trainer.strategy) and trainer.strategy.get("_target_") == DDP
     yield not ddp, f"trainer.strategy={trainer.strategy}: choose trainer=ddp for several processes"
     yield (
-        not trains(config),
-        f"trainer=ddp is for meta-training, of which mode={mode} of algo={config.algo.name} has none: use trainer=auto",
+        mode == "search" or not trains(config),
+        f"trainer=ddp is one meta-training, which mode={mode} of algo={config.algo.name} is not: use trainer=auto",
     )
     devices = trainer.devices
     yield (

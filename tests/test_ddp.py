@@ -164,7 +164,8 @@ def test_ranks_share_out_each_meta_batch() -> None:
     [
         (["trainer.devices=2"], "give trainer.devices=1, or trainer=ddp for more"),
         (["+trainer.strategy=fsdp"], "trainer.strategy=fsdp: choose trainer=ddp"),
-        (["trainer=ddp", "algo=finetune"], "mode=fit_test of algo=finetune has none: use trainer=auto"),
+        (["trainer=ddp", "algo=finetune"], "mode=fit_test of algo=finetune is not: use trainer=auto"),
+        (["trainer=ddp", "mode=search"], "mode=search of algo=reptile is not: use trainer=auto"),
         (["trainer=ddp", "trainer.accelerator=cpu"], "trainer.devices=auto: on the CPU give the number"),
     ],
 )
