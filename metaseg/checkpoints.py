@@ -63,7 +63,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Save if it is time."""
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every == 0 and not validation_follows(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -71,13 +71,19 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether this meta-step is followed by a validation, which Lightning would pass over if resumed from before it."""
+    return trainer.global_step % int(trainer.val_check_batch) == 0
+
+
 class StopOnSignal(pl.Callback):
     """On SIGTERM, SIGINT or SIGUSR2 finishes the meta-step, writes `last.ckpt`, ends the process with `RESUMABLE`.
 
     SIGUSR2 is what submitit has Slurm send before a job's time is over.
 
-    A validation is not finished: it is done again. A second signal of the same kind does what it does elsewhere; within
-    a second it is taken for the same, which a launcher passes on and the terminal or Slurm sends to all processes.
+    A validation is not begun or finished: the last checkpoint is from before the meta-step that it follows. A second
+    signal of the same kind does what it does elsewhere; within a second it is taken for the same, which a launcher
+    passes on and the terminal or Slurm sends to all processes.
 
     Of several ranks one that receives a signal is enough: after each meta-step, and each scored episode, all agree.
     """
@@ -102,16 +108,20 @@ class StopOnSignal(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Between two meta-steps all state is consistent."""
-        number = self._agreed(trainer)
+        number = 0 if validation_follows(trainer) else self._agreed(trainer)
         if number:
             trainer.save_checkpoint(self.path, weights_only=False)
             self._stop(trainer, number)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """θ stays as it is while validating, and the last checkpoint will do."""
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The last checkpoint has to do."""
         number = self._agreed(trainer)
         if number:
             self._stop(trainer, number)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Likewise."""
+        self.on_validation_start(trainer)
 
     def on_fit_end(self, *_: Any) -> None:
         """Give the signals back."""

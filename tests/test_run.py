@@ -241,32 +241,40 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path: Path, data: tuple[str,
 
 
 class Stop(Callback):
-    """Kills the run behind a meta-step, as a signal would."""
+    """Kills the run behind a meta-step, at the beginning of the next one or of the validation."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, after: int, *, validating: bool) -> None:
+        self.after, self.validating = after, validating
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        if trainer.global_step == self.after:
+        if trainer.global_step == self.after and not self.validating:
+            raise RuntimeError("killed")
+
+    def on_validation_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.after and self.validating:
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize(("after", "validating", "saved"), [(1, False, 1), (2, True, 1), (2, False, 2), (3, False, 3)])
 def test_a_killed_run_resumes_to_the_same_end(
-    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, validating: bool, saved: int
 ) -> None:
-    """Validations behind steps 2 and 4; killed before, at and after the first."""
-    same = ("mode=fit", "algo=reptile", "algo.outer.lr=0.5", "algo.final_lr=0.1", "trainer.max_steps=4")
-    common = (*data, *same, "logger=csv", "evaluate.validations=2", "checkpoint_every=1")
+    """Validations behind meta-steps 2 and 4; killed before, in and after the first, which is not passed over then."""
+    same = ("mode=fit", "algo=reptile", "algo.outer.lr=0.5", "algo.final_lr=0.1", "algo.inner.steps=2")
+    common = (*data, *same, "trainer.max_steps=4", "logger=csv", "evaluate.validations=2", "checkpoint_every=1")
     whole = job(tmp_path / "whole", *common)
     with monkeypatch.context() as patch:
-        patch.setattr("metaseg.fit.MetaProgressBar", lambda: Stop(after))
+        patch.setattr("metaseg.fit.MetaProgressBar", lambda: Stop(after, validating=validating))
         with pytest.raises(RuntimeError, match="killed"):
             job(tmp_path / "killed", *common)
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == after
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == saved
     assert job(tmp_path / "rest", *common, f"ckpt_path={checkpoint}") == whole
     assert results(tmp_path / "rest")["meta_steps"] == results(tmp_path / "whole")["meta_steps"]
+    (log,) = (tmp_path / "rest").glob("csv*/metrics.csv")
+    with log.open(newline="") as file:
+        validated = [row["step"] for row in csv.DictReader(file) if row["val/loss"] and not row["val/fb_iou"]]
+    assert validated == (["1", "3"] if saved == 1 else ["3"])  # Lightning counts them from 0
     first, second = (
         torch.load(tmp_path / part / "checkpoints" / "last.ckpt", weights_only=True) for part in ("whole", "rest")
     )
