@@ -339,7 +339,7 @@ def draw(done: dict[str, Any], path: Path) -> None:
     right.set(
         xscale="log", yscale="log", xlabel="ranks = meta-batch", ylabel="episodes/s, × one rank", title="modelled"
     )
-    right.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="upper left")
     figure.savefig(path, dpi=120)
 
 

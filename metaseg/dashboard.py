@@ -65,13 +65,16 @@ SECTIONS = (
         algorithms,
     ),
     Section(
-        "The best update procedure",
-        "Searches for ω* on validation tasks, θ fixed (mode=uho): the best IoU so far by trial, and IoU by learning "
-        "rate and steps.",
+        "Searches",
+        "On validation tasks: for the best update procedure ω*, θ fixed (mode=uho), the best IoU so far by trial and IoU "
+        "by learning rate and steps; over training (mode=search), IoU by what was searched.",
         (
             Panel("best IoU so far", "line", "uho/best_iou", "trial", by_algo=False),
             Panel("IoU of each trial", "line", "uho/iou", "trial", by_algo=False),
             Panel("IoU by learning rate and steps", "media", "uho"),
+            Panel("training: best IoU so far", "line", "search/best_iou", "trial", by_algo=False),
+            Panel("training: IoU of each trial", "line", "search/iou", "trial", by_algo=False),
+            Panel("training: IoU by what was searched", "media", "search"),
         ),
         searches,
     ),

@@ -71,7 +71,8 @@ def find(folders: Sequence[Path]) -> Found:
     for path in sorted(paths, key=natural):
         try:
             if not (path / "results.json").is_file():
-                broken[path] = _why(path)
+                if not _worked(path):
+                    broken[path] = _why(path)
             elif (path / "summary.csv").is_file() and _mode(path) == "curves":
                 curves.append(path)
             else:
@@ -106,23 +107,23 @@ def algorithms(found: Found) -> Html:
 
 
 def searches(found: Found) -> Html:
-    """Each search for ω: its numbers, ω*, and its picture."""
+    """Each search for ω, or over training: its numbers, the best values, and its picture."""
     parts: list[Html] = []
     for name, run in found.runs:
-        file = run.folder / "uho.json"
-        if not file.is_file():
+        file = run.folder / f"{run.results.get('mode')}.json"
+        if file.name not in ("uho.json", "search.json") or not file.is_file():
             continue
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             best = max((t for t in record["history"] if not t.get("given_up")), key=lambda trial: trial["value"])
-            omega = {**best["params"], "steps": best["steps"]}
+            values = {**best["params"], **({"steps": best["steps"]} if "steps" in best else {})}
             ious = (record["default_val_iou"], record["val_iou"], record["test"]["iou"]["mean"])
-            head = ["", "trials", "val IoU %, ω as given", "val IoU %, ω*", "test IoU %, ω*", "ω*"]
-            words = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in omega.items())
+            head = ["", "trials", "val IoU %, as given", "val IoU %, best", "test IoU %, best", "best values"]
+            words = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
             parts.append(table(head, [[name, record["trials"], *(f"{100 * iou:.1f}" for iou in ious), words]]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             parts.append(Html(f"<p>{html.escape(f'{file} is not what a search writes: {error!r}')}</p>"))
-        parts.append(_file(run.folder / "uho.png", f"search of {name}"))
+        parts.append(_file(file.with_suffix(".png"), f"search of {name}"))
     return Html("".join(parts))
 
 
@@ -218,6 +219,12 @@ def _read(folder: Path) -> FinishedRun:
     except (KeyError, TypeError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
     return run
+
+
+def _worked(folder: Path) -> bool:
+    """Whether it is of a search's worker, of which another tested the best."""
+    outcome = read_outcome(folder)
+    return outcome is not None and outcome["state"] == "finished"
 
 
 def _why(folder: Path) -> str:

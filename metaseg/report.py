@@ -25,7 +25,12 @@ from metaseg.panels import log_to_wandb, write_panels
 SCHEMA = 1
 META_STEP = "meta_step"
 METRICS = ("train", "val", "test", "train_tasks")  # first parts of the names of what W&B shows over the meta-step
-AXES = {"adaptation": "inner_step", "uho": "trial", "curves": "shots"}  # and of the others, with what they are over
+AXES = {
+    "adaptation": "inner_step",
+    "uho": "trial",
+    "search": "trial",
+    "curves": "shots",
+}  # and of the others, with what they are over
 WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B run, which a resumed run goes on with
 
 

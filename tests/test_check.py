@@ -2,30 +2,42 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from trees import write_splits, write_tree
 
+from metaseg.check import main
 
-def check(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "metaseg.check", *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+Check = Callable[..., str]
 
 
-def test_a_sound_and_a_broken_data_set_are_reported(tmp_path: Path) -> None:
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """The command in this process; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["check", *overrides])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_sound_and_a_broken_data_set_are_reported(tmp_path: Path, check: Check) -> None:
     names = ["a", "b", "c"]
     root = write_tree(tmp_path / "tree", names)
     splits = write_splits(tmp_path / "splits.json", ["a"], ["b"], ["c"])
     overrides = ["dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}"]
-    done = check(tmp_path, *overrides)
-    assert done.returncode == 0
-    assert "folder at 224²" in done.stdout
-    assert "train: 1 of 1 classes, 10 images" in done.stdout
+    told = check(*overrides)
+    assert "folder at 224²" in told
+    assert "train: 1 of 1 classes, 10 images" in told
     (root / "a" / "3.png").unlink()
-    done = check(tmp_path, *overrides)
+    command = [sys.executable, "-m", "metaseg.check", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "3.jpg" in done.stderr
-    done = check(tmp_path, *overrides, "dataset.min_images=9")
-    assert done.returncode == 0
-    assert "1 × image without a mask" in done.stdout
+    assert "1 × image without a mask" in check(*overrides, "dataset.min_images=9")
     assert {path.name for path in tmp_path.iterdir()} == {"tree", "splits.json"}  # looking leaves nothing behind

@@ -26,6 +26,9 @@ from metaseg.errors import ConfigError, UserError
 from metaseg.lineage import init_artifact, use_inits
 from metaseg.report import WANDB_ID, AxesLogger, make_loggers, wandb_logger
 from metaseg.run import run
+from metaseg.sweep import OUTCOME
+
+DONE = {"state": "finished"}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     do("reptile-s1", "algo=reptile", "evaluate.rungs=[1]", "seed=1", "logger=csv")
     theta = f"{top}/reptile-s0/init.safetensors"
     do("search", "mode=uho", "algo=reptile", f"ckpt_path={theta}", "uho.trials=2", "uho.steps=[1]")
+    study = ("search.trials=2", "search.random=1", f"search.storage={top}/training.journal", "~search.space.update")
+    do("training", "mode=search", "algo=reptile", *study)
+    (top / "worker" / ".hydra").mkdir(parents=True)  # which has not tested the best
+    (top / "worker" / ".hydra" / "overrides.yaml").write_text("[]")
+    (top / "worker" / OUTCOME).write_text(json.dumps(dict.fromkeys(("headline", "config_sha256", "error")) | DONE))
     few = ("curves.k=[1,2]", "curves.queries=2", "curves.steps=[1]")
     do("curves", "mode=curves", f"curves.inits={{ours:{theta}}}", *few)
     (top / "<b>&killed" / ".hydra").mkdir(parents=True)
@@ -195,7 +203,11 @@ def test_a_resumed_online_run_goes_on_in_the_same_wandb_run(tmp_path: Path, monk
 
 
 def test_panels_show_what_runs_log_over_their_axes(runs: Path) -> None:
-    logs = [keys for name in ("reptile-s0", "search", "curves") for keys in wandb_files.logged(records(runs / name))]
+    logs = [
+        keys
+        for name in ("reptile-s0", "search", "training", "curves")
+        for keys in wandb_files.logged(records(runs / name))
+    ]
     media = {key.removesuffix("/_type") for keys in logs for key in keys if key.endswith("/_type")}
     for panel in (panel for section in SECTIONS for panel in section.panels):
         if panel.kind in ("table", "media"):
@@ -217,7 +229,7 @@ def test_workspace_and_report_have_the_same_panels_and_need_no_network() -> None
     blocks = wandb_report("team", "project")._to_model().model_dump(by_alias=True)["spec"]["blocks"]
     grids = [block["metadata"]["panelBankSectionConfig"]["panels"] for block in blocks if block["type"] == "panel-grid"]
     titles = [block["children"][0]["text"] for block in blocks if block["type"] == "heading"]
-    wanted = ["Algorithms", "The best update procedure", "Learning curves", "Adaptation curves", "Worst tasks"]
+    wanted = ["Algorithms", "Searches", "Learning curves", "Adaptation curves", "Worst tasks"]
     assert [section["name"] for section in sections] == titles == wanted
 
     def shown(panels: list[dict[str, Any]]) -> list[tuple[str, str | None, Any, str | None]]:
@@ -327,21 +339,23 @@ def test_seeds_stand_together_and_gains_are_paired(runs: Path, page: str) -> Non
 
 def test_the_page_shows_searches_and_curves(runs: Path, page: str) -> None:
     record = json.loads((runs / "search" / "uho.json").read_text())
-    row = cells(section(page, "The best update procedure"))[1]
+    row = cells(section(page, "Searches"))[1]
     assert row[1:5] == [
         "2",
         *(f"{100 * record[key]:.1f}" for key in ("default_val_iou", "val_iou")),
         f"{100 * record['test']['iou']['mean']:.1f}",
     ]
     assert f"steps={record['update']['steps']}" in row[-1]
-    for title, wanted in {"Learning curves": 2, "Adaptation curves": 1, "The best update procedure": 1}.items():
+    record = json.loads((runs / "training" / "search.json").read_text())
+    assert cells(section(page, "Searches"))[3][3] == f"{100 * record['val_iou']:.1f}"
+    for title, wanted in {"Learning curves": 2, "Adaptation curves": 1, "Searches": 2}.items():
         assert len(pictures(section(page, title))) == wanted, title
 
 
 def test_worst_tasks_come_first_with_their_pictures(runs: Path, page: str) -> None:
     part = section(page, "Worst tasks")
     head, *lines = cells(part)
-    assert len(head) == 2 + 3  # the baseline, Reptile, the search
+    assert len(head) == 2 + 4  # the baseline, Reptile, the two searches
     means = [np.mean([float(value) for value in line[2:]]) for line in lines]
     assert [line[0] for line in lines] in (["class_4", "class_5"], ["class_5", "class_4"])
     assert means == sorted(means)
@@ -356,7 +370,7 @@ def test_what_has_no_result_is_named(page: str, runs: Path) -> None:
     assert killed[1] == "killed, or still running"
     assert "results.json" in torn[1]
     listed = {re.sub("<.*?>", "", line[0]).removeprefix(f"{runs}/"): line for line in cells(part)[1:-3]}
-    assert listed.keys() == {"imagenet", "reptile-s0", "reptile-s1", "search", "curves"}
+    assert listed.keys() == {"imagenet", "reptile-s0", "reptile-s1", "search", "training", "curves"}
     assert listed["reptile-s1"][7] == results(runs / "reptile-s1")["config_sha256"][:12]
 
 
@@ -365,7 +379,7 @@ def test_the_command_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "r.html: 1 runs" in said
     assert f"{runs / 'torn'}: " in said
-    assert "None." in section((tmp_path / "r.html").read_text(), "The best update procedure")
+    assert "None." in section((tmp_path / "r.html").read_text(), "Searches")
     (tmp_path / "empty").mkdir()
     for folders in (["empty"], ["nowhere"]):
         with pytest.raises(SystemExit, match="metaseg: .*such as|metaseg: .*give folders"):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb_files
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from test_config import presets
@@ -153,7 +154,7 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_data(tmp_path_factory.mktemp("data"))
-    return [*data, "debug=fast", "model.weights=null", "logger=csv"]
+    return [*data, "debug=fast", "model.weights=null"]
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +167,10 @@ def multirun(words: list[str]) -> Callable[..., subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def serial(
-    multirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, float | None]:
-    """Headlines of a multirun, one job after the other, one of which cannot work; then of the same once more."""
+def serial(multirun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multirun, one job after the other, one of which cannot work; then the same once more, with one that can."""
     folder = tmp_path_factory.mktemp("serial") / "sweep"
-    done = multirun(folder, "evaluate.shots=5,50")
+    done = multirun(folder, "evaluate.shots=5,50", "logger.tags=[night]")
     assert done.returncode == 1
     assert "metaseg: 1 jobs have not finished: 1. The same command with skip_done=true" in done.stderr
     assert "Lower evaluate.shots" in read_outcome(folder / "1")["error"]
@@ -180,24 +179,35 @@ def serial(
     again = multirun(folder, "evaluate.shots=5,4", "skip_done=true")
     assert again.returncode == 0, again.stderr
     assert (folder / "0" / "results.json").stat().st_mtime_ns == before
+    return folder
+
+
+def headlines(folder: Path) -> dict[str, float | None]:
     return {job.folder.name: job.headline for job in read_sweep(folder)}
 
 
-def test_a_failure_ends_no_other_job_and_is_all_that_is_run_again(serial: dict[str, float | None]) -> None:
-    assert all(headline is not None for headline in serial.values())
+def test_a_failure_ends_no_other_job_and_is_all_that_is_run_again(serial: Path) -> None:
+    assert all(headline is not None for headline in headlines(serial).values())
+
+
+def test_wandb_groups_the_jobs_by_the_sweep(serial: Path) -> None:
+    (path,) = (serial / "0").glob("wandb/offline-run-*/*.wandb")
+    (started,) = [record.run for record in wandb_files.finished(path) if record.HasField("run")]
+    assert (started.run_group, started.job_type) == (f"{serial.parent.name}/sweep", "fit_test")
+    assert list(started.tags) == ["reptile", "folder", "efficientlab_lite0", "night"]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_gives_the_serial_runs_numbers(
     launcher: str,
-    serial: dict[str, float | None],
+    serial: Path,
     multirun: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
     pytest.importorskip(LAUNCHERS[launcher])
-    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", f"hydra/launcher={launcher}")
+    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", "logger=csv", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stderr
-    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == serial
+    assert headlines(tmp_path / "sweep") == headlines(serial)
 
 
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "submitit_slurm"])
@@ -244,14 +254,14 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_slurm_runs_the_jobs_as_an_array(
     slurm: Path,
-    serial: dict[str, float | None],
+    serial: Path,
     multirun: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("submitit")
-    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", "hydra/launcher=submitit_slurm")
+    done = multirun(tmp_path / "sweep", "evaluate.shots=5,4", "logger=csv", "hydra/launcher=submitit_slurm")
     assert done.returncode == 0, done.stderr
-    assert {job.folder.name: job.headline for job in read_sweep(tmp_path / "sweep")} == serial
+    assert headlines(tmp_path / "sweep") == headlines(serial)
     asked = slurm.read_text()
     for option in ("array=0-1%2", "gpus-per-node=1", "cpus-per-task=4", "mem=16GB", "time=1440", "signal=USR2@120"):
         assert f"#SBATCH --{option}\n" in asked
@@ -259,7 +269,7 @@ def test_slurm_runs_the_jobs_as_an_array(
 
 def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    long = ["seed=0,1,2", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
+    long = ["seed=0,1,2", "logger=csv", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
     command = [sys.executable, "-m", "metaseg.run", "-m", *words, *long]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 

@@ -118,7 +118,8 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
         shown = [opened, gallery, editor]
         hidden: dict[str, Any] = {"api_visibility": "private"}
         upload.upload(partial(_add, init, folder), [upload, *painting], [session, *shown], **hidden)
-        gallery.select(_open, painting, shown, show_progress="hidden", **hidden)
+        # by default what is clicked while the last one still opens would be ignored
+        gallery.select(_open, painting, shown, trigger_mode="always_last", show_progress="hidden", **hidden)
         use.click(_use, painting, gallery, show_progress="hidden", **hidden)
         adapted = adapt.click(
             _adapt,
