@@ -73,7 +73,8 @@ class LastCheckpoint(Checkpoint):
 
 def validation_follows(trainer: pl.Trainer) -> bool:
     """Whether this meta-step is followed by a validation, which Lightning would pass over if resumed from before it."""
-    return trainer.global_step % int(trainer.val_check_batch) == 0
+    every = trainer.val_check_batch
+    return isinstance(every, int) and trainer.global_step % every == 0
 
 
 class StopOnSignal(pl.Callback):

@@ -66,8 +66,8 @@ SECTIONS = (
     ),
     Section(
         "Searches",
-        "On validation tasks: for the best update procedure ω*, θ fixed (mode=uho), the best IoU so far by trial and IoU "
-        "by learning rate and steps; over training (mode=search), IoU by what was searched.",
+        "On validation tasks: for the best update procedure ω*, θ fixed (mode=uho), the best IoU so far by trial and "
+        "IoU by learning rate and steps; over training (mode=search), IoU by what was searched.",
         (
             Panel("best IoU so far", "line", "uho/best_iou", "trial", by_algo=False),
             Panel("IoU of each trial", "line", "uho/iou", "trial", by_algo=False),
