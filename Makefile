@@ -13,7 +13,7 @@ demo: $(VENV)/.demo ## install, meta-train on the embedded data, compare with Im
 	$(BIN)/python -m metaseg.ship runs/demo/*-s0
 
 test: $(VENV)/.dev ## install, then run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -14,7 +14,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again"
+from metaseg.errors import Stopped
+
 LAST = "last.ckpt"
 
 
@@ -29,16 +30,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = Path(f"{path}.{os.getpid()}.partial")
         super().save_checkpoint(checkpoint, partial, storage_options)
         partial.replace(path)
-
-
-class Stopped(SystemExit):
-    """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
-
-    With another code than 0 from any other one, Lightning and torchrun would kill the first before it is done.
-    """
-
-    def __init__(self, leads: bool = True) -> None:
-        super().__init__(RESUMABLE if leads else 0)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -1,4 +1,9 @@
-"""Errors that the user can mend; each message says how. The command line prints it alone, without a traceback."""
+"""Errors that the user can mend; each message says how. The command line prints it alone, without a traceback.
+
+And the one end of a run that is no error: it was told to stop, and can go on.
+"""
+
+RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 class UserError(ValueError):
@@ -19,3 +24,13 @@ class WeightsError(UserError):
 
 class ComparisonError(UserError):
     """Runs that cannot be compared with each other."""
+
+
+class Stopped(SystemExit):
+    """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
+
+    With another code than 0 from any other one, Lightning and torchrun would kill the first before it is done.
+    """
+
+    def __init__(self, leads: bool = True) -> None:
+        super().__init__(RESUMABLE if leads else 0)

@@ -88,12 +88,15 @@ def _hydra_main(config: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from metaseg.run import run
     from metaseg.sweep import recorded, sweep_job
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    return sweep_job(config, folder) if hydra.mode == RunMode.MULTIRUN else recorded(run, config, folder)
+    if hydra.mode == RunMode.MULTIRUN:
+        return sweep_job(config, folder)  # which begins a process: this one is spared the imports
+    from metaseg.run import run
+
+    return recorded(run, config, folder)
 
 
 def launch(hydra_main: Callable[[], Any]) -> None:

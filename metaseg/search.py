@@ -21,8 +21,8 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 
 from metaseg.card import write_card
-from metaseg.checkpoints import LAST, Stopped
-from metaseg.errors import ConfigError
+from metaseg.checkpoints import LAST
+from metaseg.errors import ConfigError, Stopped
 from metaseg.fit import fit, headline, test
 from metaseg.initialisation import load_initialisation, save_initialisation
 from metaseg.job import Job, build, evaluation_episodes, fingerprint

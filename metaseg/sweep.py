@@ -21,9 +21,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metaseg.checkpoints import RESUMABLE, Stopped
 from metaseg.config import config_sha256, initialisations, plain
-from metaseg.errors import UserError
+from metaseg.errors import RESUMABLE, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
 
 OUTCOME = "outcome.json"

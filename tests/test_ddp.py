@@ -19,10 +19,9 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from trees import write_data
 
-from metaseg.checkpoints import RESUMABLE
 from metaseg.config import check, config_dir
 from metaseg.data.episodes import MetaBatches
-from metaseg.errors import ConfigError
+from metaseg.errors import RESUMABLE, ConfigError
 from metaseg.job import build
 from metaseg.ranks import check_launchable
 from metaseg.run import run
@@ -36,7 +35,14 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run with a checkpoint at each meta-step, a validation of one episode, and a test of two."""
     data = write_data(tmp_path_factory.mktemp("data"))
-    quick = ["debug=fast", "model.weights=null", "logger=csv", "workers=0", "evaluate.validations=1"]
+    quick = [
+        "debug=fast",
+        "algo.inner.steps=1",
+        "model.weights=null",
+        "logger=csv",
+        "workers=0",
+        "evaluate.validations=1",
+    ]
     return [
         *data,
         *quick,

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from trees import write_data
 
-from metaseg.checkpoints import RESUMABLE, AtomicCheckpointIO
+from metaseg.checkpoints import AtomicCheckpointIO
 from metaseg.config import config_dir, config_sha256
-from metaseg.errors import ConfigError
+from metaseg.errors import RESUMABLE, ConfigError
 from metaseg.run import resumed, run
 
 STEPS = 24

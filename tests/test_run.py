@@ -47,7 +47,8 @@ def job(folder: Path, *overrides: str) -> float:
     """What the command line does, in this process."""
     folder.mkdir(parents=True, exist_ok=True)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", overrides=["debug=fast", "model.weights=null", "trainer=cpu", *overrides])
+        few = [] if any("joint" in word for word in overrides) else ["++algo.inner.steps=2"]
+        config = compose("config", overrides=["debug=fast", "model.weights=null", "trainer=cpu", *few, *overrides])
     return run(config, folder)
 
 

@@ -22,9 +22,8 @@ from test_run import results
 from trees import write_data
 
 from metaseg import search as module
-from metaseg.checkpoints import RESUMABLE, Stopped
 from metaseg.config import check, config_sha256, expand_workers
-from metaseg.errors import ConfigError
+from metaseg.errors import RESUMABLE, ConfigError, Stopped
 from metaseg.initialisation import read_about
 from metaseg.job import build, fingerprint
 from metaseg.run import run
@@ -36,7 +35,15 @@ LEFT = ("search.json", "results.json", "per_task.csv", "best.txt", "init.safeten
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    quick = ["debug=fast", "model.weights=null", "logger=csv", "trainer=cpu", "workers=0", "evaluate.processes=1"]
+    quick = [
+        "debug=fast",
+        "algo.inner.steps=1",
+        "model.weights=null",
+        "logger=csv",
+        "trainer=cpu",
+        "workers=0",
+        "evaluate.processes=1",
+    ]
     few = ["evaluate.train_tasks=0", "evaluate.validations=2", "evaluate.panels=0", "search.random=1"]
     return ["mode=search", *write_data(tmp_path_factory.mktemp("data")), *quick, *few]
 
