@@ -53,8 +53,9 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every = folder / LAST, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Save if it is time."""
-        if trainer.global_step % self.every == 0 and not validation_follows(trainer):
+        """Save if it is time, and before the meta-step that a validation follows: it may be stopped."""
+        due = trainer.global_step % self.every == 0 or validation_follows(trainer, after=1)
+        if due and not validation_follows(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -62,10 +63,10 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
-def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether this meta-step is followed by a validation, which Lightning would pass over if resumed from before it."""
+def validation_follows(trainer: pl.Trainer, after: int = 0) -> bool:
+    """Whether a validation follows this meta-step, or that `after` it; resumed from in between, Lightning skips it."""
     every = trainer.val_check_batch
-    return isinstance(every, int) and trainer.global_step % every == 0
+    return isinstance(every, int) and (trainer.global_step + after) % every == 0
 
 
 class StopOnSignal(pl.Callback):

@@ -183,10 +183,26 @@ def config_sha256(config: DictConfig) -> str:
     named = {key: container[key] for key in keys} | {"max_steps": config.trainer.max_steps}
     for key in ("cache_dir", "workers"):
         named["dataset"].pop(key, None)
-    named["evaluate"].pop("rungs")  # looks on the way, and changes no number at the end
+    for key in ("rungs", "processes", "panels"):  # looks on the way, and ways to the same numbers
+        named["evaluate"].pop(key)
+    for key in ("workers", "storage"):
+        named.get(config.mode, {}).pop(key, None)
+    named["engine"] = {key: value for key, value in container["engine"].items() if key != "lanes"}
     if trains(config):
         named["ckpt_path"] = None  # resumed, it ends as it would have
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def training_values(config: DictConfig) -> dict[str, Any]:
+    """What decides a meta-training and its choice of a checkpoint, by dotted key; a resumed run must have the same.
+
+    Not the network, the seed and the splits, which `initialisation.About` has.
+    """
+    container = plain(config)
+    named = {key: container[key] for key in ("algo", "update")} | {"trainer": {"max_steps": config.trainer.max_steps}}
+    deciding = ("shots", "queries", "draws", "val_tasks", "validations", "seed")
+    named["evaluate"] = {key: container["evaluate"][key] for key in deciding}
+    return dict(_leaves(named))
 
 
 def initialisations(config: DictConfig) -> list[Path]:

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 from metaseg.algos import Algorithm
 from metaseg.card import write_card
 from metaseg.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, StopOnSignal
+from metaseg.config import training_values
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
 from metaseg.data.source import SPLITS, Split
@@ -95,6 +96,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         final_lr=config.algo.final_lr,
         meta_steps=steps,
         about=asdict(job.about),
+        training=training_values(config),
     )
     data = EpisodeData(
         TrainingEpisodes(partial(algo.episode, job.source, inner, config.seed), steps * config.algo.meta_batch),

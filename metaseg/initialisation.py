@@ -1,7 +1,7 @@
 """Initialisations as files: θ with what is known about it, in safetensors; and θ out of a Lightning checkpoint."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,8 +154,13 @@ def _values(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
         yield key, node
 
 
-def check_resumable(path: Path, about: About) -> None:
-    """Refuse to resume a checkpoint of another run: one cannot go on with other data, seeds or algorithms.
+def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> None:
+    """Refuse to resume a checkpoint of another run: it would end as neither of the two does.
+
+    Args:
+        path: of the checkpoint.
+        about: of the run.
+        training: what decides its meta-training, by dotted key (`config.training_values`).
 
     Raises:
         ConfigError: naming what differs.
@@ -165,7 +170,9 @@ def check_resumable(path: Path, about: About) -> None:
         {name: getattr(a, name) for name in names} | {"model": {**_UNSAID, **a.model}}
         for a in (_read_checkpoint(path)[1], about)
     )
-    differ = [f"{name}={theirs[name]}" for name in names if theirs[name] != ours[name]]
+    theirs |= torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"].get("training", training)
+    ours |= training
+    differ = [f"{name}={theirs.get(name)}" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if differ:
         raise ConfigError(
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "

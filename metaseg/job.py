@@ -16,7 +16,7 @@ from torch import nn
 
 from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
-from metaseg.config import check, config_sha256, inner_config, make_update, plain, trains
+from metaseg.config import check, config_sha256, inner_config, make_update, plain, training_values, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import SPLITS, Split, TaskSource, image_counts, splits_sha256, task_ids
 from metaseg.errors import WeightsError
@@ -83,7 +83,7 @@ def build(config: DictConfig) -> Job:
         image_size=source.image_size,
     )
     if algo and config.ckpt_path is not None:
-        check_resumable(Path(config.ckpt_path), about)
+        check_resumable(Path(config.ckpt_path), about, training_values(config))
     tested, theta = about, f"model.weights={config.model.get('weights')}"
     if config.ckpt_path is not None and not algo:
         tested, theta = read_about(Path(config.ckpt_path)), f"ckpt_path={config.ckpt_path}"

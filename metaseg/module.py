@@ -33,6 +33,7 @@ class MetaModule(pl.LightningModule):
         final_lr: ε at the last meta-step; it is linear in between.
         meta_steps: number of meta-steps, ≥ 1.
         about: what is known about θ (`initialisation.About`), in plain containers, kept in the checkpoint.
+        training: what decides the run (`config.training_values`), likewise.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class MetaModule(pl.LightningModule):
         final_lr: float,
         meta_steps: int,
         about: dict[str, Any],
+        training: dict[str, Any],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters({"about": about}, logger=False)
+        self.save_hyperparameters({"about": about, "training": training}, logger=False)
         self.net, self.algo, self.outer = net, algo, outer
         self.inner, self.engine = inner, engine
         self.final_lr, self.meta_steps = final_lr, meta_steps

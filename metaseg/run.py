@@ -1,6 +1,7 @@
 """The entry: compose → check → meta-train → test → report. `python -m metaseg.run algo=reptile`."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from metaseg.lineage import log_init, use_inits
 from metaseg.ranks import leads
 from metaseg.report import close_loggers, make_loggers
 from metaseg.search import search
+from metaseg.sweep import stop_multirun, stop_run
 from metaseg.uho import uho
 
 
@@ -100,13 +102,19 @@ def _hydra_main(config: DictConfig) -> float:
 
 
 def launch(hydra_main: Callable[[], Any]) -> None:
-    """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback."""
+    """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback.
+
+    SIGTERM, and of a multirun Ctrl-C, ends it with the exit code `errors.RESUMABLE`.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors come out of Hydra as they are
     # of a launcher's preset that has the plugin's own name, which is the name that people know
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     try:
         sys.argv[1:] = expand_workers(expand_update(sys.argv[1:]))
         check_overrides(sys.argv[1:])
+        multirun = {"-m", "--multirun"} & set(sys.argv)
+        for number in (signal.SIGTERM, signal.SIGINT) if multirun else (signal.SIGTERM,):
+            signal.signal(number, stop_multirun if multirun else stop_run)
         hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"metaseg: {error}")

@@ -1,5 +1,6 @@
 """Multiruns: each job leaves how it ended, one that fails does not stop the others, and at the end there is a table."""
 
+import ctypes
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
 from types import FrameType
@@ -91,8 +92,7 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
         The run's headline metric, now or then; NaN if the job failed or was killed, which is written down.
 
     Raises:
-        Stopped: if the sweep was told to stop (`checkpoints.StopOnSignal`), and its job has left a checkpoint.
-        SystemExit: if it was told to stop at another time.
+        Stopped: if the sweep was told to stop.
         ConfigError: if a multirun has no such jobs.
     """
     check_launchable(config)
@@ -111,13 +111,21 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
     environment = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ
     # not by multiprocessing, which joblib's and Ray's workers have bent to their own ways
     command = [sys.executable, "-c", f"import {__name__} as s; s.job()"]
+    launcher = os.getppid()
     process = subprocess.Popen(command, stdin=PIPE, text=True, env=environment)
     with _passing_on(process) as received:
-        process.communicate(json.dumps(told))
-    if process.returncode == RESUMABLE:
-        raise Stopped
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin:
+            json.dump(told, process.stdin)
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            if os.getppid() != launcher:  # the multirun has ended, and nobody would take the result
+                process.terminate()
+                process.wait()
+                os._exit(RESUMABLE)  # nor begin another job
     if received:
-        sys.exit(128 + received[0])
+        raise Stopped
     outcome = read_outcome(folder)
     if outcome is None:
         _write(folder, config, error=_how_it_died(process.returncode))
@@ -127,6 +135,9 @@ def sweep_job(config: DictConfig, folder: Path) -> float:
 
 def job() -> None:
     """A job's own process: does what standard input says, and tells of an error."""
+    if sys.platform == "linux":  # to be told to stop, too, if the process that waits for this one is killed
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGTERM, stop_run)
     from metaseg.run import run
 
     told = json.load(sys.stdin)
@@ -136,6 +147,19 @@ def job() -> None:
     except Exception as error:
         why = f"metaseg: {error}" if isinstance(error, UserError) else traceback.format_exc()
         sys.stderr.write(f"{why}\nthis job has failed, the others go on: {told['folder']}\n")
+
+
+def stop_run(number: int, frame: FrameType | None) -> None:
+    """Handles a signal outside of meta-training, in which `checkpoints.StopOnSignal` does: the run can begin again."""
+    raise Stopped
+
+
+def stop_multirun(number: int, frame: FrameType | None) -> None:
+    """Handles a signal to Hydra's process: it ends at once, and what waits for the jobs tells them to stop."""
+    how = f"stopped by {signal.Signals(number).name}, the jobs at work leave checkpoints"
+    sys.stderr.write(f"metaseg: {how}; the same command with skip_done=true ckpt_path=last goes on\n")
+    sys.stderr.flush()
+    os._exit(RESUMABLE)  # launchers would kill their workers first
 
 
 @contextmanager
@@ -151,24 +175,25 @@ def _passing_on(process: subprocess.Popen[str]) -> Iterator[list[int]]:
         if number == signal.SIGTERM:  # Ctrl-C reaches it by itself
             process.terminate()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    unplanned = all(handler in (signal.SIG_DFL, signal.default_int_handler) for handler in before.values())
-    if not unplanned or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    for number in before:
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}
+    unplanned = (signal.SIG_DFL, signal.default_int_handler, stop_multirun)
+    taken = {number: handler for number, handler in before.items() if handler in unplanned}
+    for number in taken:
         signal.signal(number, pass_on)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in taken.items():
             signal.signal(number, handler)
 
 
 def _how_it_died(exit_code: int) -> str:
+    if exit_code == RESUMABLE:
+        return "this job was stopped; the same command with skip_done=true ckpt_path=last goes on with it"
     if exit_code >= 0:
         return f"this job's process ended with exit code {exit_code} and left no outcome"
-    name = signal.Signals(-exit_code).name
+    name = next((known.name for known in signal.Signals if known == -exit_code), f"signal {-exit_code}")
     why = "; the machine may be out of memory: fewer jobs side by side" if name == "SIGKILL" else ""
     return f"this job's process was killed by {name}{why}"
 

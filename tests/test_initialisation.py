@@ -62,9 +62,9 @@ def test_an_older_file_is_of_decoders_with_residual(net: EfficientLab, saved: Pa
 def test_an_older_checkpoint_resumes_with_residual(saved: Path) -> None:
     if saved.suffix != ".ckpt":
         pytest.skip("only checkpoints resume")
-    check_resumable(saved, replace(ABOUT, model={**OLD, "residual": True}))
+    check_resumable(saved, replace(ABOUT, model={**OLD, "residual": True}), {})
     with pytest.raises(ConfigError, match="is of a run with model=.*'residual': True"):
-        check_resumable(saved, replace(ABOUT, model={**OLD, "residual": False}))
+        check_resumable(saved, replace(ABOUT, model={**OLD, "residual": False}), {})
 
 
 # Networks out of files that may come from anywhere

@@ -49,7 +49,15 @@ def make_net() -> Net:
 
 def make_module(net: Net, outer: object = partial(Adam, lr=0.01)) -> MetaModule:
     return MetaModule(
-        net, Reptile(shots=4), inner=INNER, engine=auto, outer=outer, final_lr=0.0, meta_steps=STEPS, about={}
+        net,
+        Reptile(shots=4),
+        inner=INNER,
+        engine=auto,
+        outer=outer,
+        final_lr=0.0,
+        meta_steps=STEPS,
+        about={},
+        training={},
     )
 
 

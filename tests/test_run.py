@@ -419,13 +419,25 @@ def test_a_resumed_run_remembers_a_better_checkpoint(
     ious = iter([0.5, 0.4, 0.3])
     monkeypatch.setattr("metaseg.evaluate.Score.iou", property(lambda score: next(ious, 0.1)))
     common = (*data, "mode=fit", "algo=reptile", "logger=csv", "evaluate.val_tasks=1", "evaluate.validations=4")
-    job(tmp_path / "part", *common, "trainer.max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("metaseg.fit.MetaProgressBar", lambda: Stop(2, validating=False))
+        with pytest.raises(RuntimeError, match="killed"):
+            job(tmp_path / "part", *common, "trainer.max_steps=4")
     checkpoint = tmp_path / "part" / "checkpoints" / "last.ckpt"
     job(tmp_path / "rest", *common, "trainer.max_steps=4", f"ckpt_path={checkpoint}")
     assert results(tmp_path / "rest")["meta_steps"] == 1
 
 
-@pytest.mark.parametrize(("change", "named"), [("seed=9", "seed=0"), ("algo=fomaml", "algo=fomaml_star")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=9", "seed=0"),
+        ("algo=fomaml", "algo=fomaml_star"),
+        ("algo.inner.lr=0.9", r"with algo.inner.lr=[0-9.]+: resume with the same"),
+        ("trainer.max_steps=40", "trainer.max_steps=2"),
+        ("evaluate.val_tasks=1", "evaluate.val_tasks=2"),
+    ],
+)
 def test_only_the_same_run_is_resumed(
     finished: tuple[Path, float], data: tuple[str, ...], change: str, named: str, tmp_path: Path
 ) -> None:

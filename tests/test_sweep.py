@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -270,7 +271,7 @@ def test_slurm_runs_the_jobs_as_an_array(
 
 def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    long = ["seed=0,1,2", "logger=csv", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
+    long = ["seed=0,1,2,3", "logger=csv", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
     command = [sys.executable, "-m", "metaseg.run", "-m", *words, *long]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 
@@ -282,10 +283,36 @@ def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list
     (job,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(job), signal.SIGKILL)
     wait_for_meta_steps("1")
+    (job,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(job), signal.SIGTERM)
+    wait_for_meta_steps("2")
     process.send_signal(signal.SIGTERM)  # to Hydra's process alone
     _, stderr = process.communicate()
     assert process.returncode == RESUMABLE, stderr
     assert "killed by SIGKILL; the machine may be out of memory" in read_outcome(folder / "0")["error"]
-    assert "stopped by SIGTERM at meta-step" in stderr
-    assert read_outcome(folder / "1") is None
-    assert not (folder / "2").exists()  # not begun
+    assert "this job was stopped; the same command" in read_outcome(folder / "1")["error"]
+    assert stderr.count("stopped by SIGTERM at meta-step") == 2
+    assert read_outcome(folder / "2") is None
+    assert not (folder / "3").exists()  # not begun
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere jobs go on")
+def test_jobs_side_by_side_stop_when_the_command_is_told_to(words: list[str], tmp_path: Path) -> None:
+    """As a script's background job, in which Ctrl-C is ignored."""
+    pytest.importorskip("joblib")
+    folder = tmp_path / "sweep"
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1,2", "logger=csv", "checkpoint_every=1"]
+    long = [*more, "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "metaseg.run", "-m", *words, *long]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=partial(signal.signal, 2, signal.SIG_IGN)
+    )
+    checkpoints = [folder / job / "checkpoints" / "last.ckpt" for job in "01"]
+    while process.poll() is None and not all(path.exists() for path in checkpoints):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()  # ends when the jobs have, too, which hold the pipe
+    assert process.returncode == RESUMABLE, stderr
+    assert "the jobs at work leave checkpoints; the same command with skip_done=true ckpt_path=last goes on" in stderr
+    assert stderr.count("stopped by SIGTERM at meta-step") == 2
+    assert not (folder / "2" / "checkpoints").exists()  # not begun
