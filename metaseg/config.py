@@ -45,7 +45,17 @@ def chosen(group: str) -> str | None:
     return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
-for resolver in (sweep_name, chosen):  # of conf/logger/wandb.yaml
+def swept() -> str:
+    """What this job of a multirun was given of what varies, but algorithm and seed, as " update.lr=0.1"; else ""."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    hydra, parser = HydraConfig.get(), OverridesParser.create()
+    asked = OmegaConf.load(Path(hydra.sweep.dir) / "multirun.yaml").hydra.overrides.task
+    varied = {o.key_or_group for o in parser.parse_overrides(list(asked)) if o.is_sweep_override()} - {"algo", "seed"}
+    return "".join(f" {word}" for word in hydra.overrides.task if word.partition("=")[0].lstrip("+~") in varied)
+
+
+for resolver in (sweep_name, swept, chosen):  # of conf/logger/wandb.yaml
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

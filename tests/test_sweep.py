@@ -194,6 +194,7 @@ def test_wandb_groups_the_jobs_by_the_sweep(serial: Path) -> None:
     (path,) = (serial / "0").glob("wandb/offline-run-*/*.wandb")
     (started,) = [record.run for record in wandb_files.finished(path) if record.HasField("run")]
     assert (started.run_group, started.job_type) == (f"{serial.parent.name}/sweep", "fit_test")
+    assert started.display_name == "reptile-s0 fit_test evaluate.shots=5"
     assert list(started.tags) == ["reptile", "folder", "efficientlab_lite0", "night"]
 
 
