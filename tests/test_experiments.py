@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import ablations
 import batchnorm
 import five_images
+import launchers
 import learning_curves
 import lr_grid
 import main_table
@@ -247,6 +248,16 @@ def test_the_grid_scores_validation_tasks_on_the_way(
     assert [(row["lr"], row["steps"]) for row in found] == [("0.01", "1"), ("0.01", "3"), ("0.1", "1"), ("0.1", "3")]
     assert all(row["tasks"] == "2" for row in found)
     assert (tmp_path / "lr_grid.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(("second", "told"), [("0.5", None), ("0.6", "the launchers do not agree")])
+def test_launchers_must_agree(second: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ious = iter(["0.5", second])
+    monkeypatch.setattr(launchers, "headlines", lambda name, *_: {"launcher": name, "iou_0": next(ious), "seconds": 1})
+    with pytest.raises(SystemExit) as end:
+        launchers.main(["--launchers", "basic", "joblib", f"--out={tmp_path}"])
+    assert told in str(end.value) if told else end.value.code == 0
+    assert [row["iou_0"] for row in read(tmp_path / "launchers.csv")] == ["0.5", second]
 
 
 def test_a_missing_initialisation_is_named(tmp_path: Path) -> None:
