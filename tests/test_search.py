@@ -124,6 +124,11 @@ def test_a_search_leaves_the_best_theta_and_a_second_one_returns_at_once(
     assert all((first[key] == second[key]).all() for key in first)
     assert (tmp_path / "b" / "card.md").is_file()
 
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(module, "close", lambda *_: None)
+        assert start(words, tmp_path / "b", storage, 3) == best["value"]
+    assert not any((tmp_path / "b" / name).exists() for name in LEFT)  # of the worker that tests alone
+
     kept.unlink()
     with pytest.raises(ConfigError, match=r"best.ckpt of the best trial is gone: put it back"):
         start(words, tmp_path / "b", storage, 3)
