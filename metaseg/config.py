@@ -128,11 +128,21 @@ def expand_update(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_workers(arguments: Sequence[str]) -> list[str]:
-    """Make of `uho.workers=N` or `search.workers=N` a multirun over `worker`, by joblib if no launcher is named."""
+    """Make of the mode's `workers=N` a multirun over `worker`, by joblib if no launcher is named.
+
+    Raises:
+        ConfigError: if it names the folder of a single run.
+    """
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    wanted = [given[key] for mode in SEARCHES if (key := f"{mode}.workers") in given]
+    modes = (given["mode"],) if "mode" in given else SEARCHES  # which a preset may have chosen, too
+    wanted = [given[key] for mode in modes if (key := f"{mode}.workers") in given]
     if not wanted or not wanted[0].isdecimal() or int(wanted[0]) < 2 or "worker" in given:
         return list(arguments)
+    if "hydra.run.dir" in given:
+        raise ConfigError(
+            f"hydra.run.dir={given['hydra.run.dir']}: {wanted[0]} workers are a multirun, which has a folder each: "
+            f"give hydra.sweep.dir={given['hydra.run.dir']}"
+        )
     more = [f"worker={','.join(map(str, range(int(wanted[0]))))}"]
     if "hydra/launcher" not in given:
         more.append("hydra/launcher=joblib")
@@ -385,7 +395,7 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     yield (
         draws_them and not (OmegaConf.is_dict(curves.inits) and curves.inits),
         "mode=curves compares initialisations: name them, as "
-        "curves.inits={reptile:RUN/init.safetensors,imagenet:imagenet}",
+        "'curves.inits={reptile:RUN/init.safetensors,imagenet:imagenet}'",
     )
     for name, path in curves.inits.items() if draws_them else ():
         yield (

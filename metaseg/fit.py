@@ -80,7 +80,9 @@ def headline(results: Mapping[str, Any]) -> float:
 def initialise(job: Job, loggers: Sequence[Logger], folder: Path) -> About:
     """Bring θ into `job.net`: meta-train it, or load it, or leave it as it is; returns what is known of it then."""
     if job.algo and job.inner:
-        return load_initialisation(job.net, fit(job, job.algo, job.inner, loggers, folder), job.about.model)
+        last = LastCheckpoint(folder / "checkpoints", job.config.checkpoint_every)
+        stop = StopOnSignal(folder / "checkpoints")
+        return load_initialisation(job.net, fit(job, job.algo, job.inner, loggers, folder, last, stop), job.about.model)
     return load(job)
 
 
@@ -105,12 +107,11 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         workers=config.workers,
     )
     best = BestCheckpoint(folder / "checkpoints")
-    last = LastCheckpoint(folder / "checkpoints", config.checkpoint_every)
     for leftover in (folder / "checkpoints").glob("*.partial"):
         leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
     trainer = create(
         config.trainer,
-        callbacks=[best, last, StopOnSignal(folder / "checkpoints"), MetaProgressBar(), *more],
+        callbacks=[best, *more, MetaProgressBar()],
         plugins=[AtomicCheckpointIO()],
         logger=loggers,
         default_root_dir=folder,

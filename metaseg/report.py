@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import wandb
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
@@ -21,6 +21,7 @@ from metaseg.config import trains
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
+from metaseg.study import to_log
 
 SCHEMA = 1
 META_STEP = "meta_step"
@@ -46,7 +47,7 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     if config.logger:
         loggers.append(instantiate(config.logger, save_dir=str(folder)))
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        logger.log_hyperparams(to_log(config))
     return loggers
 
 

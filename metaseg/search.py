@@ -21,7 +21,8 @@ from pytorch_lightning.loggers import Logger
 from rich.console import Console
 
 from metaseg.card import write_card
-from metaseg.checkpoints import LAST
+from metaseg.checkpoints import StopOnSignal
+from metaseg.config import config_sha256
 from metaseg.errors import ConfigError, Stopped
 from metaseg.fit import fit, headline, test
 from metaseg.initialisation import load_initialisation, save_initialisation
@@ -33,6 +34,7 @@ from metaseg.space import ALONE, training_distributions, with_values
 from metaseg.study import (
     Beat,
     best_trials,
+    clear,
     close,
     default_trial,
     draw_course,
@@ -40,11 +42,14 @@ from metaseg.study import (
     give_up,
     history,
     hopeless,
+    masked,
     open_storage,
     open_study,
     value_of,
     work,
 )
+
+LEFT = ("search.json", "best.txt", "search.png", "per_task.csv", "init.safetensors")  # by the worker that tests
 
 
 def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
@@ -56,11 +61,12 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     validation tasks.
     """
     started = time.perf_counter()
-    config, place = job.config, str(job.config.search.storage)
-    storage = open_storage(place, "search.storage")
+    config, place = job.config, masked(str(job.config.search.storage))
+    storage = open_storage(str(config.search.storage), "search.storage")
     study = open_study(storage, fingerprint(job), (config.seed, "search"), config.search.random)
     searches = len(finished(study)) < config.search.trials
     if searches:
+        clear(folder, LEFT, config)
         space = training_distributions(config)
         default = {key: OmegaConf.select(config, key) for key in space}
         try:
@@ -74,7 +80,9 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
                 "search",
             )
         except Stopped:
-            sys.stderr.write("metaseg: this trial is lost, the study is not: the same command goes on with it\n")
+            sys.stderr.write(
+                "metaseg: stopped; this trial is lost, the study is not: the same command goes on with it\n"
+            )
             raise
     best = best_trials(study)[0]
     checkpoint = Path(best.user_attrs["checkpoint"])
@@ -87,13 +95,16 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
 
     def tested() -> dict[str, Any]:
         record = summarise(study, place)
-        told = {key: record[key] for key in ("trials", "val_iou")}
-        results, rows = test(winner, about, loggers, folder, started, search=told)
+        alone = with_values(config, {**best.params, "mode": "fit_test"})  # as best.txt makes a run of it
+        told = {key: record[key] for key in ("trials", "val_iou")} | {"config_sha256": config_sha256(alone)}
+        of = config_sha256(config)  # the command's, not the winner's
+        results, rows = test(winner, about, loggers, folder, started, search=told, config_sha256=of)
         return {"record": record | {"test": results["test"]}, "results": results, "rows": rows}
 
     tasks = evaluation_episodes(config, job.source, "test", winner.update).tasks
     left = close(storage, study, f"{derive_seed(*tasks)}", searches or bool(config.worker), tested)
     if left is None:
+        clear(folder, LEFT, config)
         Console().print(f"the study in {place} has its trials; another worker tests the best", soft_wrap=True)
         return value_of(best)
     if not searches:
@@ -102,7 +113,9 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         write_results(left["results"], left["rows"], folder)
         write_card(folder / "init.safetensors")
     (folder / "search.json").write_text(json.dumps(left["record"], indent=2, ensure_ascii=False) + "\n")
-    (folder / "best.txt").write_text("".join(f"{key}={json.dumps(value)}\n" for key, value in best.params.items()))
+    # without blanks, at which a shell would split them
+    overrides = (f"{key}={json.dumps(value, separators=(',', ':'))}\n" for key, value in best.params.items())
+    (folder / "best.txt").write_text("".join(overrides))
     draw(study, folder / "search.png")
     log_picture(loggers, "search", folder / "search.png")
     Console().print(f"search.json, search.png, best.txt (use it with $(cat best.txt)): {folder}", soft_wrap=True)
@@ -117,7 +130,11 @@ def take_trial(job: Job, study: Study, trial: Trial, folder: Path) -> None:
     place = folder / f"study-{study.study_name[:8]}" / f"trial-{trial.number}"  # the folder may serve other studies
     loggers = make_loggers(one.config, place)
     course = Course(study, trial)
-    checkpoint = fit(one, one.algo, one.inner, loggers, place, course)
+    try:
+        checkpoint = fit(one, one.algo, one.inner, loggers, place, StopTrial(place), course)
+    except Stopped:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
     for logger in loggers:
         logger.finalize("success")
     trial.set_user_attr("checkpoint", str(checkpoint.resolve()))
@@ -125,10 +142,19 @@ def take_trial(job: Job, study: Study, trial: Trial, folder: Path) -> None:
         give_up(study, trial, *course.given_up)
     else:
         study.tell(trial, course.best, skip_if_finished=True)
-    if best_trials(study)[0].number == trial.number:
-        (checkpoint.parent / LAST).unlink(missing_ok=True)
-    else:  # nor will it be the best one
+    if best_trials(study)[0].number != trial.number:  # nor will it be the best one
         shutil.rmtree(checkpoint.parent)
+
+
+class StopTrial(StopOnSignal):
+    """Ends the process as it does a run's, but saves nothing: a trial cannot go on."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """At the next meta-step."""
+        self.on_validation_start(trainer)
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        raise Stopped
 
 
 class Course(pl.Callback):

@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,7 @@ from metaseg.update import Update
 SEARCHABLE = ("lr", "batch_size", "weight_decay", "dropout", "augment", "batchnorm", "adapts")
 TRAINING = ("algo", "update", "model")  # groups whose values mode=search may choose: the others decide what is scored
 ALONE = {"mode": "fit", "worker": None}  # what makes a meta-training of its own of a search's configuration
+_FRACTIONS = {"final_lr"} | {field.name for field in fields(Update) if field.type is float}  # though written as 1
 _KEYS = ("choices", "low", "high", "log")
 
 
@@ -73,7 +74,9 @@ def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
         if "choices" not in entry and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{name}: {key}={value} is no number, so give choices, as {{choices: [{value}, …]}}")
         ends = [entry.get(end) for end in ("low", "high")] if isinstance(entry, dict) else []
-        made[key] = _distribution(name, entry, whole=all(isinstance(number, int) for number in (value, *ends)))
+        fraction = key.rpartition(".")[2] in _FRACTIONS
+        whole = not fraction and all(isinstance(number, int) for number in (value, *ends))
+        made[key] = _distribution(name, entry, whole)
         for end in _ends(made[key]):
             try:
                 check(with_values(config, {**ALONE, key: end}))

@@ -9,34 +9,41 @@ improvement (qLogEI, over what they may yet yield) as soon as their parameters a
 by their own number. Only two that ask while the other's Gaussian process is being fitted may get points alike.
 """
 
+import json
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
+from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from metaseg.config import SEARCHES, initialisations, plain
 from metaseg.errors import ConfigError
 from metaseg.seeding import derive_seed
 
 STALE_S = 600.0  # a worker elsewhere without a sign of life for so long is dead; clocks have to agree far better
 BEAT_S = 5.0  # between two signs of life, at least
+CLOSING_BEAT_S = 60.0  # likewise while the best is tested
+UNREADABLE = "a URL that is none"  # shown in its stead: a password may be in it
 POLL_S = 1.0  # between two looks at what the other workers do
 
 
@@ -77,24 +84,68 @@ def open_storage(place: str, key: str) -> BaseStorage:
         key: of the configuration, for the message.
 
     Raises:
-        ConfigError: if there is no such database, or no driver of it.
+        ConfigError: if there is no such database, no driver of it, or its texts are too short; or a journal is broken.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    said = f"{key}={masked(place)}"
     if "://" not in place:
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(place))
+        lock = JournalFileSymlinkLock(place)
+        journal = JournalFileBackend(place, lock)
+        broken = _broken_line(Path(place), lock)
+        if broken:
+            raise ConfigError(
+                f"{said}: line {broken} is broken, as a full disk or a power cut leaves it: with no worker running, "
+                f"remove it (sed -i {broken}d {place}), or begin another study with {key}=PATH"
+            )
+        return JournalStorage(journal)
+    if masked(place) == UNREADABLE:
+        raise ConfigError(f"{key}: give a database's URL, scheme://user@host:port/name, with any other @ in it as %40")
+    if place.startswith(("mysql", "mariadb")):
+        raise ConfigError(
+            f"{said}: its texts end at 64 KB, which a test's results exceed: use a PostgreSQL or SQLite database, "
+            "or a journal file"
+        )
     # SQLite waits only five seconds for other writers by itself
     wait = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {}
     for last in (False, False, False, True):
         try:
             return RDBStorage(place, engine_kwargs=wait)
         except ImportError as error:
-            raise ConfigError(f"{key}={place}: {error}") from error
+            raise ConfigError(f"{said}: {error}") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if last:
-                raise ConfigError(f"{key}={place}: give the URL of a database that is there ({error})") from error
+                raise ConfigError(f"{said}: give the URL of a database that is there ({error})") from error
             time.sleep(POLL_S)  # of workers that make the tables at the same time one succeeds
     raise AssertionError
+
+
+def masked(place: str) -> str:
+    """Where a study lies, for people and files: a database's URL without its password."""
+    if "://" not in place or place.startswith("sqlite://"):
+        return place
+    try:
+        url = make_url(place).difference_update_query(["password"])
+    except (ArgumentError, ValueError):
+        return UNREADABLE
+    parts = (url.host or "", url.database or "")
+    return UNREADABLE if "@" in "".join(parts) else url.render_as_string(hide_password=True)
+
+
+def to_log(config: DictConfig) -> dict[str, Any]:
+    """The configuration in plain containers, without the password of a database."""
+    container = plain(config)
+    for mode in SEARCHES:
+        container[mode]["storage"] = masked(container[mode]["storage"] or "") or None
+    return container
+
+
+def clear(folder: Path, names: Sequence[str], config: DictConfig) -> None:
+    """Remove what a smaller study has left in a run's folder, but no initialisation that this run begins from."""
+    kept = {path.resolve() for path in initialisations(config)}
+    for path in (folder / name for name in names):
+        if path.resolve() not in kept:
+            path.unlink(missing_ok=True)
 
 
 def open_study(storage: BaseStorage, name: str, key: Sequence[int | str], random: int) -> Study:
@@ -269,7 +320,7 @@ def close(
     """Test the best of a complete study, by one of its workers.
 
     Who does is elected as trials are: the only trial of a study of its own is the closing, and a dead worker's is free
-    for the next one that comes. It gives no signs of life, so on another machine it lasts `STALE_S` at least.
+    for the next one that comes.
 
     Args:
         storage: of both.
@@ -287,7 +338,8 @@ def close(
     if trial is None:
         return None if late or not finished(closing) else dict(closing.user_attrs)
     try:
-        record = test()
+        with _beating(trial):
+            record = test()
         for part, value in record.items():
             closing.set_user_attr(part, value)
         closing.tell(trial, 0.0, skip_if_finished=True)  # last: killed before, it has not been tested
@@ -295,6 +347,25 @@ def close(
         closing.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         raise
     return record
+
+
+@contextmanager
+def _beating(trial: Trial) -> Iterator[None]:
+    """Meanwhile a thread writes the trial's sign of life."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(CLOSING_BEAT_S):
+            with suppress(Exception):  # the next may succeed; what is being done is worth more
+                trial.set_user_attr("beat", time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def history(study: Study) -> list[dict[str, Any]]:
@@ -318,6 +389,23 @@ def draw_course(ax: Axes, study: Study) -> None:
     ax.step(numbers, np.maximum.accumulate(values), where="post", color="#2f7fb8", label="best so far")
     ax.set(xlabel="trial", ylabel="IoU on validation tasks")
     ax.legend(frameon=False)
+
+
+def _broken_line(journal: Path, lock: JournalFileSymlinkLock) -> int | None:
+    """The number of the first line that is not whole, from 1; Optuna would append to a torn last one."""
+    lock.acquire()  # or a line that is being written looks torn
+    try:
+        lines = journal.read_bytes().splitlines(keepends=True)
+    finally:
+        lock.release()
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return number
+        if not line.endswith(b"\n"):
+            return number
+    return None
 
 
 def _in(study: Study, *states: TrialState) -> list[FrozenTrial]:
@@ -346,9 +434,13 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where a process number means one process: containers may share the machine's name, but not its numbers."""
+    """Where a process number means one process.
+
+    Containers may share the machine's name but not its numbers, and machines the name but not their boot.
+    """
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 

@@ -35,6 +35,7 @@ from metaseg.space import distributions, point
 from metaseg.study import (
     Beat,
     best_trials,
+    clear,
     close,
     default_trial,
     draw_course,
@@ -42,6 +43,7 @@ from metaseg.study import (
     give_up,
     history,
     hopeless,
+    masked,
     open_storage,
     open_study,
     value_of,
@@ -50,6 +52,7 @@ from metaseg.study import (
 from metaseg.update import Update
 
 LEAST_TASKS = 4  # of which a trial may be given up
+LEFT = ("uho.json", "uho.png", "update.yaml", "per_task.csv", "init.safetensors")  # by the worker that tests
 
 
 def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
@@ -64,10 +67,11 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     about = load(job)
     job.net.to(device_of(config))
     place = str(config.uho.storage or _beside(config))
-    storage = open_storage(place, "uho.storage")
+    storage, said = open_storage(place, "uho.storage"), masked(place)
     study = open_study(storage, fingerprint(job), (config.seed, "uho"), config.uho.random)
     searches = len(finished(study)) < config.uho.trials
     if searches:
+        clear(folder, LEFT, config)
         search(job, study, distributions(config.uho.space, job.update), loggers)
     update, about = chosen(study, job.update, about)
     tasks = evaluation_episodes(config, job.source, "test", update).tasks
@@ -76,17 +80,18 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         save_initialisation(job.net, about, folder / "init.safetensors")
         evaluation = evaluate(scoring(job, "test", update), title="test, ω*", examples=config.evaluate.panels)
         wall_s = round(time.perf_counter() - started, 1)
-        record = summarise(study, about.update, job.update) | {"storage": place, "test": evaluation.summary()}
+        record = summarise(study, about.update, job.update) | {"storage": said, "test": evaluation.summary()}
         head = {**describe(job, about), "wall_s": wall_s, "uho": {key: record[key] for key in ("trials", "val_iou")}}
         results = report(head, {"test": evaluation}, loggers, folder)
-        return {"record": record, "results": results, "rows": evaluation.rows(), "folder": str(folder.resolve())}
+        return {"record": record, "results": results, "rows": evaluation.rows()}
 
     left = close(storage, study, f"{derive_seed(*tasks)}", searches or bool(config.worker), test)
     if left is None:
-        Console().print(f"the study in {place} has its trials; another worker tests ω*", soft_wrap=True)
+        clear(folder, LEFT, config)
+        Console().print(f"the study in {said} has its trials; another worker tests ω*", soft_wrap=True)
         return value_of(best_trials(study)[0])
     if not searches:
-        Console().print(f"the study in {place} has its trials; uho.trials={config.uho.trials} asks for no more")
+        Console().print(f"the study in {said} has its trials; uho.trials={config.uho.trials} asks for no more")
         save_initialisation(job.net, about, folder / "init.safetensors")
     write_results(left["results"], left["rows"], folder)
     write_card(folder / "init.safetensors")

@@ -284,7 +284,7 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["algo.outer.lr=abc"], "algo.outer.lr=abc: give a number above 0"),
         (["dataset.image_size=abc"], "dataset.image_size=abc: give a multiple of 16"),
         (["mode=curves", "curves.queries=null"], "curves.queries=None: give a whole number, 1 or more"),
-        (["mode=curves", "curves.inits=foo"], "name them, as curves.inits="),
+        (["mode=curves", "curves.inits=foo"], "name them, as 'curves.inits="),
         (["update.lr=null"], "update.lr=None: give a number"),
         (["update.steps=2.5"], "update.steps=2.5: give 1 or more, a whole number"),
         (["update.batch_size=2.5"], "update.batch_size=2.5: give 1 or more, a whole number"),

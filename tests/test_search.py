@@ -85,7 +85,11 @@ def test_a_search_leaves_the_best_theta_and_a_second_one_returns_at_once(
     assert record["default_val_iou"] == default["value"]
     assert headline == found["test"]["iou"]["mean"] == record["test"]["iou"]["mean"]
     assert found["val"]["iou"]["mean"] == pytest.approx(best["value"])  # the same θ, ω and tasks once more
-    assert (found["mode"], found["search"]) == ("search", {"trials": 3, "val_iou": best["value"]})
+    alone = composed(*words, "mode=fit_test", *(folder / "best.txt").read_text().split())
+    told = {"trials": 3, "val_iou": best["value"], "config_sha256": config_sha256(alone)}
+    assert (found["mode"], found["search"]) == ("search", told)
+    command = composed(*words, f"search.storage={storage}", "search.trials=3")
+    assert found["config_sha256"] == config_sha256(command)
     assert found["update"]["lr"] == best["params"]["update.lr"]
 
     # of θ, the best trial's; of the others no checkpoints, but the curves; the one given up has one validation of two
@@ -119,6 +123,11 @@ def test_a_search_leaves_the_best_theta_and_a_second_one_returns_at_once(
     first, second = (load_file(part / "init.safetensors") for part in (folder, tmp_path / "b"))
     assert all((first[key] == second[key]).all() for key in first)
     assert (tmp_path / "b" / "card.md").is_file()
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(module, "close", lambda *_: None)
+        assert start(words, tmp_path / "b", storage, 3) == best["value"]
+    assert not any((tmp_path / "b" / name).exists() for name in LEFT)  # of the worker that tests alone
 
     kept.unlink()
     with pytest.raises(ConfigError, match=r"best.ckpt of the best trial is gone: put it back"):
@@ -159,16 +168,17 @@ def test_a_stopped_worker_ends_with_75_and_the_same_command_goes_on(
 ) -> None:
     storage = str(tmp_path / "study.journal")
 
-    def stopped(*_: object) -> None:
-        raise Stopped
-
-    monkeypatch.setattr(module, "fit", stopped)
-    with pytest.raises(SystemExit) as ended:
-        start(words, tmp_path / "a", storage, 2)
+    with monkeypatch.context() as killed:
+        killed.setattr(module.Course, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped) as ended:
+            start(words, tmp_path / "a", storage, 2)
     assert ended.value.code == RESUMABLE
-    assert "the same command goes on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the same command goes on" in said
+    assert "ckpt_path=last" not in said
     assert [trial.state.name for trial in study_of(words, storage).trials] == ["FAIL"]
     monkeypatch.setattr(module, "take_trial", lambda job, study, trial, folder: study.tell(trial, trial.number / 10))
+    assert not list((tmp_path / "a").glob("study-*/*"))
     with pytest.raises(KeyError):  # such trials have no checkpoint
         start(words, tmp_path / "a", storage, 2)
     done = finished(study_of(words, storage))
@@ -215,6 +225,8 @@ def test_a_space_is_what_it_says() -> None:
         "algo.inner.steps": IntDistribution(2, 8),
         "update.adapts": CategoricalDistribution(["all", "head"]),
     }
+    fraction = composed("mode=search", "algo.outer.lr=1", "search.space.algo.outer.lr={low:1,high:10,log:true}")
+    assert training_distributions(fraction)["algo.outer.lr"] == FloatDistribution(1.0, 10.0, log=True)
     made = with_values(config, {"algo.inner.steps": 7, "update.adapts": "head"})
     assert (made.algo.inner.steps, made["update"].adapts, made.trainer.max_steps) == (7, "head", 60)
     assert config.algo.inner.steps == 5  # the trial's is a copy
@@ -301,11 +313,21 @@ def test_workers_become_a_multirun() -> None:
     one = ["mode=search", "search.workers=4", "hydra.launcher.n_jobs=2"]
     assert expand_workers(one) == ["-m", *one, "worker=0,1,2,3", "hydra/launcher=joblib"]
     OverridesParser.create().parse_overrides(expand_workers(one)[1:])
+    both = ["mode=search", "uho.workers=9", "search.workers=2"]
+    assert expand_workers(both)[4] == "worker=0,1"
+    with pytest.raises(ConfigError, match=r"2 workers are a multirun.*give hydra.sweep.dir=here"):
+        expand_workers([*both, "hydra.run.dir=here"])
 
 
 @pytest.mark.parametrize(
     "words",
-    [["mode=uho", "uho.workers=1"], ["uho.workers=abc"], ["-m", "worker=0,1", "search.workers=2"], ["algo=reptile"]],
+    [
+        ["mode=uho", "uho.workers=1"],
+        ["mode=uho", "search.workers=2"],
+        ["uho.workers=abc"],
+        ["-m", "worker=0,1", "search.workers=2"],
+        ["algo=reptile"],
+    ],
 )
 def test_other_command_lines_stay_as_they_are(words: list[str]) -> None:
     assert expand_workers(words) == words

@@ -1,5 +1,6 @@
 """Workers on one study: the budget, the dead and the living, and who tests; in journals and databases."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
+from test_config import composed
 from test_sweep import sweep
 
 from metaseg import study as module
@@ -23,13 +25,16 @@ from metaseg.study import (
     best_trials,
     bury_dead,
     claim,
+    clear,
     close,
     default_trial,
     finished,
     hopeless,
+    masked,
     open_storage,
     open_study,
     suggest,
+    to_log,
     work,
 )
 from metaseg.summary import incomplete_studies
@@ -191,6 +196,25 @@ def test_on_another_machine_the_last_sign_of_life_counts(place: str) -> None:
     assert states(study) == ["FAIL"]
 
 
+def test_machines_of_one_name_are_told_apart_by_their_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = opened(str(tmp_path / "study.journal"))
+    trial = claim(study, 1)
+    assert trial
+    here, read = module._machine(), Path.read_text
+    trial.set_user_attr("worker", {**trial.user_attrs["worker"], "began": "1"})  # dead, if it is of this machine
+
+    def other_boot(path: Path, **how: Any) -> str:
+        return "another\n" if path.name == "boot_id" else read(path, **how)
+
+    with monkeypatch.context() as there:
+        there.setattr(Path, "read_text", other_boot)
+        assert module._machine() != here
+        bury_dead(study)
+        assert states(study) == ["RUNNING"]
+    bury_dead(study)
+    assert states(study) == ["FAIL"]
+
+
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     study = opened(str(tmp_path / "study.journal"))
     trial = claim(study, 1)
@@ -305,6 +329,27 @@ def _interrupted() -> dict[str, Any]:
     raise KeyboardInterrupt
 
 
+def test_who_tests_gives_signs_of_life(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLOSING_BEAT_S", 0.01)
+    study = opened(place)
+    tell(study, study.ask())
+
+    def beat() -> float | None:
+        closing = optuna.load_study(study_name="name-tested-1-tasks", storage=open_storage(place, ""))
+        found: float | None = closing.trials[0].user_attrs.get("beat")
+        return found
+
+    def test() -> dict[str, Any]:
+        while beat() is None:
+            time.sleep(0.01)
+        return {}
+
+    close(study._storage, study, "tasks", False, test)
+    last = beat()
+    time.sleep(0.05)
+    assert beat() == last  # and none afterwards
+
+
 def test_while_one_tests_the_others_do_not(tmp_path: Path) -> None:
     study = opened(str(tmp_path / "study.journal"))
     tell(study, study.ask())
@@ -325,6 +370,59 @@ def test_while_one_tests_the_others_do_not(tmp_path: Path) -> None:
 def test_a_database_that_cannot_be_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="uho.storage="):
         open_storage(url, "uho.storage")
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("runs/a.journal", "runs/a.journal"),
+        ("sqlite:///runs/a@b.db", "sqlite:///runs/a@b.db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("postgresql+psycopg://me:secret%40@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
+        ("postgresql://host/db?password=secret&sslmode=require", "postgresql://host/db?sslmode=require"),
+        ("postgresql://me:a@secret@host/db", "a URL that is none"),
+        ("postgresql://me:12/secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:secret@host:port/db", "a URL that is none"),
+    ],
+)
+def test_a_password_is_not_shown(place: str, shown: str) -> None:
+    assert masked(place) == shown
+    if "secret" in place:
+        with pytest.raises(ConfigError) as refused:
+            open_storage(f"postgresql+nodriver://{place.partition('://')[2]}", "uho.storage")
+        assert "secret" not in str(refused.value)
+        logged = to_log(composed(f"search.storage={json.dumps(place)}"))
+        assert (logged["search"]["storage"], logged["uho"]["storage"]) == (shown, None)
+
+
+def test_a_database_of_short_texts_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"uho.storage=mysql://me:\*\*\*@host/db: its texts end at 64 KB.*use a Postgre"
+    ):
+        open_storage("mysql://me:secret@host/db", "uho.storage")
+
+
+@pytest.mark.parametrize("after", ["", '{"op_code":4,"worker_id":"b"}\n'])
+def test_a_torn_line_of_a_journal_is_refused_with_its_number(tmp_path: Path, after: str) -> None:
+    path = tmp_path / "study.journal"
+    study = opened(str(path))
+    tell(study, study.ask())
+    whole = path.read_text()
+    path.write_text(f'{whole}{{"op_code":4,"work{after}')
+    number = whole.count("\n") + 1
+    with pytest.raises(ConfigError, match=rf"line {number} is broken.*sed -i {number}d .*search.storage=PATH"):
+        opened(str(path))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: number - 1]))
+    assert states(opened(str(path))) == ["COMPLETE"]
+
+
+def test_of_an_earlier_run_all_goes_but_the_initialisation_that_is_taken(tmp_path: Path) -> None:
+    theta = tmp_path / "init.safetensors"
+    for config, left in ((composed("mode=uho", f"ckpt_path={theta}"), [theta]), (composed("mode=search"), [])):
+        for name in (theta.name, "search.json"):
+            (tmp_path / name).touch()
+        clear(tmp_path, (theta.name, "search.json", "best.txt"), config)
+        assert list(tmp_path.iterdir()) == left
 
 
 def test_studies_of_one_file_stay_apart(tmp_path: Path) -> None:

@@ -151,6 +151,16 @@ def test_a_kill_before_the_report_tests_again(
     assert (record["trials"], results(tmp_path / "b")["test"]["tasks"]) == (2, 2)
 
 
+def test_a_worker_that_does_not_test_keeps_no_earlier_results(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in uho.LEFT:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(uho, "close", lambda *_: None)
+    run(composed(*words, f"uho.storage={tmp_path}/study.journal", "uho.trials=1"), tmp_path)
+    assert not any((tmp_path / name).exists() for name in uho.LEFT)
+
+
 def foretell(monkeypatch: pytest.MonkeyPatch, trials: Iterator[list[float]]) -> None:
     """Have each trial's validation tasks score these IoUs."""
     real = uho.scoring
