@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 
 from metaseg.checkpoints import LAST
-from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, trains
+from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, initialisations, trains
 from metaseg.curves import curves
 from metaseg.errors import ConfigError, UserError
 from metaseg.fit import train_and_test
@@ -47,8 +47,8 @@ def run(config: DictConfig, folder: Path) -> float:
         use_inits(loggers, config)
         headline = MODES[config.mode](job, loggers, folder)
         made = folder / "init.safetensors"
-        # these two leave what they were given; and a search's worker may leave nothing
-        if config.mode not in ("test", "curves") and made.is_file():
+        # these two leave what they were given; and a search's worker may leave nothing, or what it began from
+        if config.mode not in ("test", "curves") and made.is_file() and made not in initialisations(config):
             log_init(loggers, made)
         exit_code = 0
     finally:
