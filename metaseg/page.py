@@ -213,6 +213,7 @@ def _read(folder: Path) -> FinishedRun:
     try:
         part = run.results[run.split]
         _ = float(part["iou"]["mean"]), *map(float, part["iou"]["ci95"]), part["tasks"]
+        _ = (run.results.get("episodes") or {}).get("seed"), run.results["splits_sha256"][:12]
         _ = [float(at[key]) for at in part.get("course") or () for key in ("step", "iou", "loss")]
     except (KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
@@ -245,7 +246,7 @@ def _job(run: FinishedRun) -> Job:
     values = {"algo": str(results["algo"]), "mode": mode}
     if (run.folder / ".hydra").is_dir():
         given = read_job(run.folder).values
-    else:  # of Python: its seeds stand alone, as no less tells one configuration from another
+    else:  # begun from Python: nothing less tells one configuration from another, but every seed is a row
         given = {"configuration": str(results.get("config_sha256", ""))[:12]}
     values |= {key: value for key, value in given.items() if key not in values and _tells(key)}
     if "fit" in mode:  # where it was resumed from

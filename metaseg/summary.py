@@ -126,7 +126,7 @@ def failures(folder: Path) -> list[Path]:
 
 def studies(jobs: Sequence[Job]) -> list[tuple[str, list[Job]]]:
     """The studies that the jobs are workers on, by what distinguishes them; none if they are no workers."""
-    if not any(WORKER in job.values for job in jobs):
+    if all(job.values.get(WORKER, "null") == "null" for job in jobs):
         return []
     return [(row.name, workers) for row, workers in grouped(jobs, WORKER)]
 

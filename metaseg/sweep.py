@@ -181,7 +181,7 @@ class SummaryAtTheEnd(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the summary of the sweep's folder."""
-        from metaseg.summary import failures, read_sweep, studies, summarise, tested  # launchers load this module
+        from metaseg.summary import failures, read_sweep, studies, summarise, tested  # now: launchers load this
 
         folder = Path(config.hydra.sweep.dir)
         summarise(folder)
@@ -190,7 +190,7 @@ class SummaryAtTheEnd(Callback):
         if untested:
             sys.exit(
                 f"metaseg: {len(untested)} studies of {len(found)} have not been tested, as no worker in {folder} left "
-                f"their results.json: {'; '.join(untested)}. The same command tests it"
+                f"results.json: {'; '.join(untested)}. The same command tests it, and searches on before if need be"
             )
         if failed and found:
             sys.stderr.write(f"metaseg: {len(failed)} workers have not finished; the others did without them\n")

@@ -449,6 +449,7 @@ def test_a_broken_run_does_not_stop_the_others(tmp_path: Path) -> None:
     for name, wrong in {
         "time": {"wall_s": "long"},
         "commit": {"git_commit": 7},
+        "episodes": {"episodes": [1]},
         "course": {"test": {**part, "course": [{}]}},
     }.items():
         leave(tmp_path / name, **wrong)
@@ -458,7 +459,7 @@ def test_a_broken_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (good / "csv").mkdir()
     (good / "csv" / "metrics.csv").write_text("step,val/iou\n1,0.25\n2,0.5\n3,0.\x00\nx")
     found = write_page([tmp_path], tmp_path / "r.html")
-    assert {path.name for path in found.broken} == {"time", "commit", "course", "overrides"}
+    assert {path.name for path in found.broken} == {"time", "commit", "episodes", "course", "overrides"}
     assert [run.folder.name for _, run in found.runs] == ["2", "²"]
 
 
