@@ -7,8 +7,10 @@ import html
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,16 +18,22 @@ from urllib.parse import quote
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from metaseg.compare import FinishedRun, compare, read_run
 from metaseg.errors import ComparisonError, DataError
 from metaseg.panels import file_name
-from metaseg.summary import Job, Row, draw, grouped, natural, read_job
+from metaseg.summary import UNREADABLE, Job, Row, draw, grouped, natural, no_math, read_job
 from metaseg.sweep import read_outcome
 
 WORST = 10  # tasks that are listed
 SHOWN = 4  # of these with pictures, at most
-UNTOLD = ("logger", "workers", "skip_done", "checkpoint_every")  # overrides that change no number
+TOLD = ("trainer.max_steps",)
+UNTOLD = (  # overrides that change no number, of these and below them, but for `TOLD`; a storage's URL has a password
+    *("logger", "workers", "worker", "skip_done", "checkpoint_every", "trainer", "hydra"),
+    *("search.workers", "uho.workers", "search.storage", "uho.storage"),
+    *("evaluate.processes", "evaluate.panels", "evaluate.rungs"),
+)
 
 
 class Html(str):
@@ -66,6 +74,7 @@ def find(folders: Sequence[Path]) -> Found:
     if not paths:
         raise DataError(f"no runs below {', '.join(map(str, folders))}: give folders that metaseg.run has left")
     runs: dict[Path, FinishedRun] = {}
+    jobs: list[Job] = []
     curves: list[Path] = []
     broken: dict[Path, str] = {}
     for path in sorted(paths, key=natural):
@@ -73,22 +82,22 @@ def find(folders: Sequence[Path]) -> Found:
             if not (path / "results.json").is_file():
                 if not _worked(path):
                     broken[path] = _why(path)
-            elif (path / "summary.csv").is_file() and _mode(path) == "curves":
+            elif (path / "summary.csv").is_file() and _results(path).get("mode") == "curves":
+                _listed(_results(path), "")
                 curves.append(path)
             else:
                 runs[path] = _read(path)
-        except (ComparisonError, OSError, ValueError) as error:
+                jobs.append(_job(runs[path]))
+        except (*UNREADABLE, csv.Error) as error:
             broken[path] = str(error)
-    rows = grouped([_job(run) for run in runs.values()])
-    return Found([(row, [runs[job.folder] for job in jobs]) for row, jobs in rows], curves, broken)
+    return Found([(row, [runs[job.folder] for job in of]) for row, of in _short(grouped(jobs))], curves, broken)
 
 
 def algorithms(found: Found) -> Html:
-    """Each row's mean over seeds with its interval, and its paired gain over untrained θ, if there is such a row."""
+    """Each row's mean over seeds with its interval, and its paired gain over an untrained θ, if there is one."""
     if not found.rows:
         return Html("")
-    untrained = (runs for _, runs in found.rows if not any(run.results.get("trained_on") for run in runs))
-    baseline = next(untrained, None)
+    baselines = [runs for _, runs in found.rows if all(map(_is_baseline, runs))]
     lines = []
     for row, runs in found.rows:
         first = runs[0]
@@ -96,14 +105,13 @@ def algorithms(found: Found) -> Html:
         tested = f"{first.results['dataset']}, {part['tasks']} {first.split} tasks, {first.results['shots']} shots"
         spread = "" if row.half_width is None else f"± {100 * row.half_width:.1f}"
         over_tasks = "–".join(f"{100 * bound:.1f}" for bound in part["iou"]["ci95"]) if len(runs) == 1 else ""
-        gain = "" if baseline is None else "baseline" if runs is baseline else _gain(baseline, runs)
-        numbers = (f"{100 * (row.mean or 0):.1f}", spread, over_tasks, gain)
-        lines.append([row.name, tested, " ".join(row.by_seed), *numbers])
+        numbers = (f"{100 * (row.mean or 0):.1f}", spread, over_tasks, _gain(baselines, runs))
+        lines.append([row.name, tested, row.seeds, *numbers])
     head = ["", "tested on", "seeds", "IoU %", "95 % over seeds", "95 % over tasks", "gain, paired"]
     file = BytesIO()
     draw([row for row, _ in found.rows], file)
-    how = "" if baseline is None else "<p>Gains are over the baseline, task by task on the same episodes.</p>"
-    return Html(table(head, lines) + how + picture(file.getvalue(), "IoU by row"))
+    how = "<p>Gains are over the first baseline that met the same episodes, task by task.</p>"
+    return Html(table(head, lines) + (how if baselines else "") + picture(file.getvalue(), "IoU by row"))
 
 
 def searches(found: Found) -> Html:
@@ -121,7 +129,7 @@ def searches(found: Found) -> Html:
             head = ["", "trials", "val IoU %, as given", "val IoU %, best", "test IoU %, best", "best values"]
             words = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
             parts.append(table(head, [[name, record["trials"], *(f"{100 * iou:.1f}" for iou in ious), words]]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             parts.append(Html(f"<p>{html.escape(f'{file} is not what a search writes: {error!r}')}</p>"))
         parts.append(_file(file.with_suffix(".png"), f"search of {name}"))
     return Html("".join(parts))
@@ -133,12 +141,9 @@ def learning(found: Found) -> Html:
     for (name, run), colour in _coloured(found):
         rows = [row for path in sorted(run.folder.glob("csv*/metrics.csv"), key=natural) for row in _csv(path)]
         for ax, metric in zip(axes, ("val/iou", "train/loss"), strict=True):
-            # after training the tested θ is validated once more, with an interval: no point of the curve
-            points = {
-                int(row["step"]): float(row[metric]) for row in rows if row.get(metric) and not row.get("val/iou_low")
-            }
+            points = _points(rows, metric)
             if run.results.get("mode") in ("fit", "fit_test") and points:
-                ax.plot(*zip(*sorted(points.items()), strict=True), ".-", color=colour, label=name)
+                ax.plot(*zip(*sorted(points.items()), strict=True), ".-", color=colour, label=no_math(name))
     parts = [_drawn(figure, "learning curves")]
     for folder in found.curves:
         title = Html(f"<p>From one image to hundreds, {html.escape(str(folder))}</p>")
@@ -152,15 +157,13 @@ def adaptation(found: Found) -> Html:
     for (name, run), colour in _coloured(found):
         course = run.results[run.split].get("course")  # runs of before there was it have none
         for ax, key in zip(axes, ("iou", "loss"), strict=True) if course else ():
-            ax.plot([at["step"] for at in course], [at[key] for at in course], ".-", color=colour, label=name)
+            ax.plot([at["step"] for at in course], [at[key] for at in course], ".-", color=colour, label=no_math(name))
     return _drawn(figure, "adaptation curves")
 
 
 def worst_tasks(found: Found) -> Html:
     """The tasks of the lowest IoU, mean over all rows, and pictures of some as far as a run has drawn them."""
-    by_row = {  # (data set, task): IoU of each row that met it
-        name: _task_means([run for other, run in found.runs if other == name]) for name, _ in found.runs
-    }
+    by_row = {row.name: _task_means(runs) for row, runs in found.rows}
     met = {task for means in by_row.values() for task in means}
     mean = {task: float(np.mean([means[task] for means in by_row.values() if task in means])) for task in met}
     worst = sorted(met, key=lambda task: (mean[task], task))[:WORST]
@@ -178,22 +181,11 @@ def worst_tasks(found: Found) -> Html:
 def listing(found: Found, beside: Path) -> Html:
     """All runs, with links to their folders as seen from the folder `beside`, and those that have no result."""
     head = ["folder", "mode", "algo", "seed", "meta-steps", "data", "IoU %", "configuration", "commit", "minutes"]
-    lines: list[list[object]] = []
+    lines = []
     for _, run in found.runs:
-        results = run.results
-        iou = f"{100 * results[run.split]['iou']['mean']:.1f}"
-        values = [results.get(key, "") for key in ("mode", "algo", "seed", "meta_steps", "dataset")]
-        lines.append([_link(run.folder, beside), *values, iou, *_origin(results)])
-    for folder in found.curves:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        values = [
-            "curves",
-            ", ".join(results.get("inits", {})),
-            results.get("seed", ""),
-            "",
-            results.get("dataset", ""),
-        ]
-        lines.append([_link(folder, beside), *values, "", *_origin(results)])
+        iou = f"{100 * run.results[run.split]['iou']['mean']:.1f}"
+        lines.append([_link(run.folder, beside), *_listed(run.results, iou)])
+    lines += [[_link(folder, beside), *_listed(_results(folder), "")] for folder in found.curves]
     without = [[_link(folder, beside), why] for folder, why in found.broken.items()]
     return Html(table(head, lines) + (table(["folder without a result", "why"], without) if without else ""))
 
@@ -212,12 +204,20 @@ def picture(png: bytes, alt: str) -> Html:
 
 
 def _read(folder: Path) -> FinishedRun:
+    """A run that has all the page asks for.
+
+    Raises:
+        ComparisonError: if it has not.
+    """
     run = read_run(folder)
-    try:  # what will be asked for besides
+    try:
         part = run.results[run.split]
         _ = float(part["iou"]["mean"]), *map(float, part["iou"]["ci95"]), part["tasks"]
-    except (KeyError, TypeError) as error:
+        _ = (run.results.get("episodes") or {}).get("seed"), run.results["splits_sha256"][:12]
+        _ = [float(at[key]) for at in part.get("course") or () for key in ("step", "iou", "loss")]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
+    _listed(run.results, "")
     return run
 
 
@@ -234,9 +234,9 @@ def _why(folder: Path) -> str:
     return str(told).strip().splitlines()[-1] if told else "killed, or still running"
 
 
-def _mode(folder: Path) -> str | None:
+def _results(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return found.get("mode") if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _job(run: FinishedRun) -> Job:
@@ -244,28 +244,58 @@ def _job(run: FinishedRun) -> Job:
     results = run.results
     mode = str(results.get("mode", ""))
     values = {"algo": str(results["algo"]), "mode": mode}
-    try:
+    if (run.folder / ".hydra").is_dir():
         given = read_job(run.folder).values
-    except Exception:  # no overrides.yaml, of a run from Python, or none that Hydra's parser takes
-        given = {}
-    values |= {
-        key: value
-        for key, value in given.items()
-        if key not in values and key.partition(".")[0] not in UNTOLD and (key != "ckpt_path" or "fit" not in mode)
-    }
-    if "ckpt_path" in values:  # long, and what tells one from another is behind
-        values["ckpt_path"] = "/".join(Path(values["ckpt_path"]).parts[-2:])
+    else:  # begun from Python: nothing less tells one configuration from another, but every seed is a row
+        given = {"configuration": str(results.get("config_sha256", ""))[:12]}
+    values |= {key: value for key, value in given.items() if key not in values and _tells(key)}
+    if "fit" in mode:  # where it was resumed from
+        values.pop("ckpt_path", None)
+    if "ckpt_path" in values:
+        values["ckpt_path"] = _whole(values["ckpt_path"], run.folder)
     values["seed"] = str(results.get("seed", ""))
     return Job(run.folder, values, float(results[run.split]["iou"]["mean"]), None)
 
 
-def _gain(baseline: Sequence[FinishedRun], runs: Sequence[FinishedRun]) -> str:
-    try:
-        iou = compare([run.folder for run in baseline], [run.folder for run in runs]).iou
-    except ComparisonError:
-        return "other episodes"
-    low, high = iou.ci95
-    return f"{100 * iou.mean:+.1f}\u00a0[{100 * low:+.1f},\u00a0{100 * high:+.1f}]"  # in one line
+def _tells(key: str) -> bool:
+    """Whether an override belongs into a row's name; a group's choice may be of a package, as in trainer@x."""
+    return key in TOLD or not any(key == no or key.startswith((f"{no}.", f"{no}/", f"{no}@")) for no in UNTOLD)
+
+
+def _whole(path: str, folder: Path) -> str:
+    """A path as the run in `folder` was given it, from the root."""
+    hydra = folder / ".hydra" / "hydra.yaml"
+    begun_in = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.cwd") if hydra.is_file() else None
+    return os.path.normpath(Path(begun_in or "", Path(path).expanduser()))
+
+
+def _short(rows: Sequence[tuple[Row, list[Job]]]) -> list[tuple[Row, list[Job]]]:
+    """The rows, of each `ckpt_path` as many last parts, two or more, as tell it from the others."""
+    whole = {row.values["ckpt_path"] for row, _ in rows if row.values.get("ckpt_path")}
+    tries = ({path: str(Path(*Path(path).parts[-parts:])) for path in whole} for parts in count(2))
+    short = next(names for names in tries if len({*names.values()}) == len(whole)) | {"": ""}
+    return [
+        (row._replace(values={k: short[v] if k == "ckpt_path" else v for k, v in row.values.items()}), jobs)
+        for row, jobs in rows
+    ]
+
+
+def _is_baseline(run: FinishedRun) -> bool:
+    """Whether it tests a θ that was not meta-trained, by an ω that was not searched for."""
+    return not run.results.get("trained_on") and run.results.get("mode") in ("fit_test", "test")
+
+
+def _gain(baselines: Sequence[Sequence[FinishedRun]], runs: Sequence[FinishedRun]) -> str:
+    """Over the first of the baselines that met the same episodes."""
+    for baseline in baselines:
+        try:
+            iou = compare([run.folder for run in baseline], [run.folder for run in runs]).iou
+        except ComparisonError:
+            continue
+        low, high = iou.ci95
+        gain = f"{100 * iou.mean:+.1f}\u00a0[{100 * low:+.1f},\u00a0{100 * high:+.1f}]"  # in one line
+        return "baseline" if baseline is runs else gain
+    return "other episodes" if baselines else ""
 
 
 def _task_means(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], float]:
@@ -320,8 +350,19 @@ def _file(path: Path, alt: str) -> Html:
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return list(csv.DictReader(file))
+
+
+def _points(rows: Iterable[dict[str, str]], metric: str) -> dict[int, float]:
+    """A metric by meta-step; a line that a killed run has torn is left out."""
+    points = {}
+    for row in rows:
+        # after training the tested θ is validated once more, with an interval: no point of the curve
+        if row.get(metric) and not row.get("val/iou_low"):
+            with suppress(ValueError, TypeError, KeyError):
+                points[int(row["step"])] = float(row[metric])
+    return points
 
 
 def _link(folder: Path, beside: Path) -> Html:
@@ -329,12 +370,22 @@ def _link(folder: Path, beside: Path) -> Html:
     return Html(f'<a href="{html.escape(href)}">{html.escape(str(folder))}</a>')
 
 
-def _origin(results: dict[str, Any]) -> list[str]:
-    """Configuration hash, commit and minutes."""
-    commit = results.get("git_commit") or ""
-    dirty = "-dirty" if commit.endswith("-dirty") else ""
-    minutes = f"{results['wall_s'] / 60:.1f}" if "wall_s" in results else ""
-    return [str(results.get("config_sha256", ""))[:12], commit.removesuffix("-dirty")[:12] + dirty, minutes]
+def _listed(results: dict[str, Any], iou: str) -> list[str]:
+    """A run's line in the list, but its folder.
+
+    Raises:
+        ComparisonError: if the results are not what a run writes.
+    """
+    try:
+        commit = results.get("git_commit") or ""
+        dirty = "-dirty" if commit.endswith("-dirty") else ""
+        minutes = f"{results['wall_s'] / 60:.1f}" if "wall_s" in results else ""
+        algo = results.get("algo") or ", ".join(results.get("inits", {}))
+    except (TypeError, AttributeError) as error:
+        raise ComparisonError(f"its results.json is not what a run writes ({error!r}): run it again") from error
+    first, *others = (results.get(key, "") for key in ("mode", "seed", "meta_steps", "dataset"))
+    of = (str(results.get("config_sha256", ""))[:12], commit.removesuffix("-dirty")[:12] + dirty, minutes)
+    return [*map(str, (first, algo, *others, iou)), *of]
 
 
 def _cell(value: object) -> str:

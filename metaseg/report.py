@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,11 +40,13 @@ WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B r
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     """The CSV logger and the configured one, each given the run's whole configuration."""
     version = "csv"
+    earlier = [path for path in folder.glob("csv*") if path.is_dir() and re.fullmatch(r"csv\d*", path.name)]
     if config.ckpt_path is not None and trains(config):  # resumed: the curves from before stay
-        taken = sum(1 for _ in folder.glob("csv*"))
-        version += f"{taken + 1}" if taken else ""
+        version += f"{len(earlier) + 1}" if earlier else ""
     else:
         (folder / WANDB_ID).unlink(missing_ok=True)  # of an earlier run here
+        for path in earlier:
+            shutil.rmtree(path)
     loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
     if config.logger:
         loggers.append(instantiate(config.logger, save_dir=str(folder)))

@@ -2,11 +2,13 @@
 
 Jobs that differ in nothing but the seed are one row: the mean over seeds of each job's headline metric (IoU on the test
 tasks; see `metaseg.run.run`), with Student's 95 % interval over seeds. Seeds share their episodes, so this interval is
-of meta-training's own chance; what other tasks would give is in each job's results.json.
+of meta-training's own chance; what other tasks would give is in each job's results.json. Workers on one study are no
+table: all but one of them end with an IoU on validation tasks, so of each study it is said where its test lies.
 """
 
 import argparse
 import csv
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,17 +18,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t as student
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from metaseg.errors import DataError, UserError
 from metaseg.sweep import read_outcome
 
 SEED = "seed"
 WORKER = "worker"
+UNREADABLE = (OSError, ValueError, YAMLError, HydraException, OmegaConfBaseException)  # of what Hydra has written
 
 
 class Job(NamedTuple):
@@ -34,7 +41,7 @@ class Job(NamedTuple):
 
     Attributes:
         folder: of it.
-        values: of its overrides, by key.
+        values: of its overrides, by key; as they are meant, not as Hydra has them escaped.
         headline: its metric in [0, 1]; None if it has not finished.
         error: why not, if it says so.
     """
@@ -50,24 +57,34 @@ class Row(NamedTuple):
 
     Attributes:
         values: of the keys that the sweep varies, but the seed.
-        by_seed: headline metrics by seed, of those that have finished.
+        by_seed: headline metrics by seed, of those that have finished; several of a seed that was run again elsewhere.
         missing: seeds of those that have not.
     """
 
     values: dict[str, str]
-    by_seed: dict[str, float]
+    by_seed: dict[str, list[float]]
     missing: list[str]
+
+    @property
+    def seeds(self) -> str:
+        """Those that have finished; 0×2 was run twice."""
+        return " ".join(f"{seed}×{len(of)}" if len(of) > 1 else seed for seed, of in self.by_seed.items())
+
+    @property
+    def means(self) -> list[float]:
+        """Of each seed; runs of one seed are no sample of its chance, so they count once."""
+        return [float(np.mean(of)) for of in self.by_seed.values()]
 
     @property
     def mean(self) -> float | None:
         """Over seeds; None if none has finished."""
-        return float(np.mean(list(self.by_seed.values()))) if self.by_seed else None
+        return float(np.mean(self.means)) if self.by_seed else None
 
     @property
     def half_width(self) -> float | None:
         """Of Student's 95 % interval of `mean` over seeds; None of fewer than two."""
-        values, n = list(self.by_seed.values()), len(self.by_seed)
-        return float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+        n = len(self.by_seed)
+        return float(student.ppf(0.975, n - 1) * np.std(self.means, ddof=1) / np.sqrt(n)) if n > 1 else None
 
     @property
     def name(self) -> str:
@@ -92,10 +109,10 @@ def rows(jobs: Sequence[Job]) -> list[Row]:
     return [row for row, _ in grouped(jobs)]
 
 
-def grouped(jobs: Sequence[Job]) -> list[tuple[Row, list[Job]]]:
-    """The rows, each with its jobs."""
+def grouped(jobs: Sequence[Job], together: str = SEED) -> list[tuple[Row, list[Job]]]:
+    """The rows, each with its jobs: those that differ in nothing but `together`."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.values))
-    varied = [key for key in keys if key != SEED and len({job.values.get(key, "") for job in jobs}) > 1]
+    varied = [key for key in keys if key != together and len({job.values.get(key, "") for job in jobs}) > 1]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(job.values.get(key, "") for key in varied), []).append(job)
@@ -107,27 +124,43 @@ def failures(folder: Path) -> list[Path]:
     return [job.folder for job in read_sweep(folder) if job.headline is None]
 
 
-def incomplete_studies(folder: Path) -> int | None:
-    """Of how many studies no worker has finished; None if the jobs are no workers."""
-    studies: dict[frozenset[tuple[str, str]], list[float]] = {}
-    for job in (jobs := read_sweep(folder)):
-        done = studies.setdefault(frozenset(job.values.items() - {(WORKER, job.values.get(WORKER, ""))}), [])
-        done += [] if job.headline is None else [job.headline]
-    return sum(not done for done in studies.values()) if any(WORKER in job.values for job in jobs) else None
+def studies(jobs: Sequence[Job]) -> list[tuple[str, list[Job]]]:
+    """The studies that the jobs are workers on, by what distinguishes them; none if they are no workers."""
+    if all(job.values.get(WORKER, "null") == "null" for job in jobs):
+        return []
+    return [(row.name, workers) for row, workers in grouped(jobs, WORKER)]
+
+
+def tested(workers: Sequence[Job]) -> list[Path]:
+    """Folders of a study's workers that have the test of its best.
+
+    A metric is no such sign: while one worker tests, which may fail, the others end with an IoU on validation tasks.
+    """
+    return [job.folder for job in workers if (job.folder / "results.json").is_file()]
 
 
 def summarise(folder: Path) -> list[Row]:
     """Print a sweep's table, and write it into its folder as summary.csv, summary.tex and summary.png.
 
+    Of workers it is printed where each study's test lies, and there is no table.
+
     Raises:
         DataError: if there are no jobs.
     """
     jobs = read_sweep(folder)
-    table = rows(jobs)
-    write_csv(table, folder / "summary.csv")
-    (folder / "summary.tex").write_text(latex(table), encoding="utf-8")
-    draw(table, folder / "summary.png")
-    print_table(table, jobs, folder)
+    table = [] if studies(jobs) else rows(jobs)
+    console = Console()
+    if table:
+        write_csv(table, folder / "summary.csv")
+        (folder / "summary.tex").write_text(latex(table), encoding="utf-8")
+        draw(table, folder / "summary.png")
+        print_table(table, len(jobs), console)
+    for name, workers in studies(jobs):
+        where = ", ".join(map(str, tested(workers))) or "not yet; the same command goes on with it, and tests it"
+        console.print(f"study of {len(workers)} workers, {name}; tested: {where}", markup=False, soft_wrap=True)
+    print_unfinished(jobs, folder, console)
+    if table:
+        console.print(f"summary.csv, summary.tex, summary.png: {folder}", soft_wrap=True)
     return table
 
 
@@ -138,34 +171,34 @@ def write_csv(table: Sequence[Row], path: Path) -> None:
         writer.writerow([*table[0].values, "iou", "half_width", "seeds", "iou_by_seed", "missing_seeds"])
         for row in table:
             numbers = ["" if value is None else f"{value:.4f}" for value in (row.mean, row.half_width)]
-            by_seed = " ".join(f"{value:.4f}" for value in row.by_seed.values())
-            writer.writerow([*row.values.values(), *numbers, " ".join(row.by_seed), by_seed, " ".join(row.missing)])
+            by_seed = " ".join(f"{value:.4f}" for value in row.means)
+            writer.writerow([*row.values.values(), *numbers, row.seeds, by_seed, " ".join(row.missing)])
 
 
 def latex(table: Sequence[Row]) -> str:
     """The table for a paper; it needs the package booktabs."""
     keys = list(table[0].values)
-    lines = [" & ".join([*map(_escaped, keys), "IoU (\\%)", "seeds"]) + " \\\\"]
+    lines = [[*map(_escaped, keys), "IoU (\\%)", "seeds"]]
     best = max((row.mean for row in table if row.mean is not None), default=None)
-    body = []
     for row in table:
         number = "--" if row.mean is None else f"{100 * row.mean:.1f}"
         number = f"\\mathbf{{{number}}}" if row.mean is not None and row.mean == best else number
         spread = "" if row.half_width is None else f" \\pm {100 * row.half_width:.1f}"
-        cells = [*(_escaped(value) for value in row.values.values()), f"${number}{spread}$", str(len(row.by_seed))]
-        body.append(" & ".join(cells) + " \\\\")
-    head = [f"\\begin{{tabular}}{{{'l' * len(keys)}rr}}", "\\toprule", *lines, "\\midrule"]
-    return "\n".join([*head, *body, "\\bottomrule", "\\end{tabular}", ""])
+        lines.append([*map(_escaped, row.values.values()), f"${number}{spread}$", str(len(row.by_seed))])
+    # {}: what comes before would take a [ or * for its own
+    head, *body = (f"{'{}' if cells[0][:1] in '[*' else ''}{' & '.join(cells)} \\\\" for cells in lines)
+    begin = f"\\begin{{tabular}}{{{'l' * len(keys)}rr}}"
+    return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""])
 
 
 def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     """Each row's mean with its interval, and its seeds as dots."""
-    names = [textwrap.fill(row.name, 44) for row in table]
+    names = [no_math(textwrap.fill(row.name, 44)) for row in table]
     lines = sum(max(name.count("\n"), 1) for name in names)
     figure = Figure(figsize=(7, 0.45 * lines + 1.1), layout="constrained")
     ax = figure.subplots()
     for place, row in zip(range(len(table))[::-1], table, strict=True):
-        ax.plot(list(row.by_seed.values()), [place] * len(row.by_seed), "o", color="#9aa5b1", markersize=4)
+        ax.plot(row.means, [place] * len(row.means), "o", color="#9aa5b1", markersize=4)
         if row.mean is not None:
             ax.errorbar(row.mean, place, xerr=row.half_width, fmt="|", color="#2f7fb8", markersize=14, capsize=3)
     ax.set(yticks=range(len(table))[::-1], yticklabels=names, xlabel="IoU, mean over seeds")
@@ -174,43 +207,89 @@ def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_table(table: Sequence[Row], jobs: Sequence[Job], folder: Path) -> None:
-    """Print the rows, and what has not finished."""
-    view = Table(*(table[0].values or ["jobs"]), "IoU %", "± 95 %", "seeds", "missing", title=f"{len(jobs)} jobs")
+def no_math(text: str) -> str:
+    """For Matplotlib, which would read what is between two $ as a formula."""
+    return text.replace("$", "\\$")
+
+
+def print_table(table: Sequence[Row], jobs: int, console: Console) -> None:
+    """Print the rows."""
+    view = Table(*(table[0].values or ["jobs"]), "IoU %", "± 95 %", "seeds", "missing", title=f"{jobs} jobs")
     for row in table:
         numbers = ["" if value is None else f"{100 * value:.1f}" for value in (row.mean, row.half_width)]
-        view.add_row(*(row.values.values() or ["all"]), *numbers, " ".join(row.by_seed), " ".join(row.missing))
-    console = Console()
+        cells = [*(row.values.values() or ["all"]), *numbers, row.seeds, " ".join(row.missing)]
+        view.add_row(*map(escape, cells))
     console.print(view)
+
+
+def print_unfinished(jobs: Sequence[Job], folder: Path, console: Console) -> None:
+    """Print what has not finished, and what may be of another sweep in the same folder."""
     for job in jobs:
         if job.headline is None:
             why = (job.error or "killed, or still running").strip().splitlines()[-1]
             console.print(f"{job.folder.name}: {why}", markup=False, soft_wrap=True)
-    console.print(f"summary.csv, summary.tex, summary.png: {folder}", soft_wrap=True)
+    begun = folder / "multirun.yaml"  # Hydra writes it before any job
+    times = {job.folder.name: _overrides(job.folder).stat().st_mtime for job in jobs if begun.is_file()}
+    older = [name for name, time in times.items() if time < begun.stat().st_mtime]
+    if older:
+        told = f"{', '.join(older)}: older than {begun}. If they are of an earlier sweep, remove them"
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def read_job(folder: Path) -> Job:
-    """The job in a folder that Hydra made."""
-    words = [str(word) for word in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
-    overrides = OverridesParser.create().parse_overrides(words)
-    values = {o.get_key_element(): "" if o.is_delete() else o.get_value_element_as_str() for o in overrides}
+    """The job in a folder that Hydra made.
+
+    Raises:
+        DataError: if its overrides cannot be read.
+    """
+    try:
+        words = OmegaConf.to_container(OmegaConf.load(_overrides(folder)), resolve=False)  # ${…} is of the whole config
+        overrides = OverridesParser.create().parse_overrides([str(word) for word in words or ()])
+    except UNREADABLE as error:
+        raise DataError(
+            f"{_overrides(folder)} is not what Hydra writes: run it again, or remove it ({error})"
+        ) from error
+    values = {o.get_key_element().lstrip("+~"): "removed" if o.is_delete() else _plain(o.value()) for o in overrides}
     outcome = read_outcome(folder) or {"headline": None, "error": None}
     return Job(folder, values, outcome["headline"], outcome["error"])
 
 
+def _overrides(folder: Path) -> Path:
+    return folder / ".hydra" / "overrides.yaml"
+
+
+def _plain(value: object) -> str:
+    """An override's value as one would read it, without a URL's user and password."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_plain(of)}' for key, of in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return re.sub("://[^@]*@", "://", str(value)) or "''"  # nothing at all stands for what was not given
+
+
 def _row(values: dict[str, str], jobs: Sequence[Job]) -> Row:
-    seeds = [(job.values.get(SEED, "0"), job.headline) for job in jobs]
-    done = {seed: headline for seed, headline in seeds if headline is not None}
-    return Row(values, done, [seed for seed, headline in seeds if headline is None])
+    by_seed: dict[str, list[float]] = {}
+    missing = []
+    for job in jobs:
+        seed = job.values.get(SEED, "0")
+        if job.headline is None:
+            missing.append(seed)
+        else:
+            by_seed.setdefault(seed, []).append(job.headline)
+    return Row(values, by_seed, missing)
 
 
 def natural(path: Path) -> tuple[Any, ...]:
     """Job 10 comes after job 9."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts)
 
 
 def _escaped(text: str) -> str:
-    return "".join(f"\\{char}" if char in "_%&#${}" else char for char in text)
+    named = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+    escapes = {char: f"\\{char}" for char in "_%&#${}"} | {char: f"\\{name}{{}}" for char, name in named.items()}
+    return "".join(escapes.get(char, char) for char in text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

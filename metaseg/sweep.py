@@ -201,22 +201,28 @@ def _how_it_died(exit_code: int) -> str:
 class SummaryAtTheEnd(Callback):
     """Hydra's callback: when all jobs have ended, a summary of the sweep; the exit code is 1 if any has failed.
 
-    Workers on one study are no table: there one result is enough, as it means that the study is complete.
+    Of a study its test is enough: what one worker leaves undone the others do.
     """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the summary of the sweep's folder."""
-        from metaseg.summary import failures, incomplete_studies, summarise  # only now: launchers load this module
+        from metaseg.summary import failures, read_sweep, studies, summarise, tested  # now: launchers load this
 
         folder = Path(config.hydra.sweep.dir)
-        failed = failures(folder)
-        studies = incomplete_studies(folder)
-        if studies is None:
+        try:
             summarise(folder)
-        elif failed and not studies:
+        except Exception:  # of which Hydra would make a warning, and the exit code 0
+            sys.exit(f"{traceback.format_exc()}metaseg: {folder} has no summary")
+        failed, found = failures(folder), studies(read_sweep(folder))
+        untested = [name for name, workers in found if not tested(workers)]
+        if untested:
+            sys.exit(
+                f"metaseg: {len(untested)} studies of {len(found)} have not been tested, as no worker in {folder} left "
+                f"results.json: {'; '.join(untested)}. The same command tests it, and searches on before if need be"
+            )
+        if failed and found:
             sys.stderr.write(f"metaseg: {len(failed)} workers have not finished; the others did without them\n")
-            return
-        if failed:
+        elif failed:
             sys.exit(
                 f"metaseg: {len(failed)} jobs have not finished: {', '.join(path.name for path in failed)}. The same "
                 f"command with skip_done=true hydra.sweep.dir={folder} runs these again, and no other"

@@ -24,6 +24,7 @@ from metaseg.config import config_dir, config_sha256
 from metaseg.dashboard import SECTIONS, main, wandb_report, workspace, write_page
 from metaseg.errors import ConfigError, UserError
 from metaseg.lineage import init_artifact, use_inits
+from metaseg.page import find
 from metaseg.report import WANDB_ID, AxesLogger, make_loggers, wandb_logger
 from metaseg.run import run
 from metaseg.sweep import OUTCOME
@@ -387,3 +388,85 @@ def test_the_command_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
             main([str(tmp_path / name) for name in folders])
     with pytest.raises(SystemExit):
         main([])
+
+
+# Rows and gains, of files written by hand
+
+
+def leave(folder: Path, iou: float = 0.5, words: tuple[str, ...] = (), **results: Any) -> Path:
+    """A finished run's folder: one task with this IoU."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
+    part = {"iou": {"mean": iou, "ci95": [iou, iou]}, "tasks": 1}
+    facts = {"algo": "reptile", "mode": "test", "dataset": "folder", "splits_sha256": "s", "shots": 5, "batchnorm": "b"}
+    told = {"seed": 0, "trained_on": {"dataset": "folder"}, "episodes": {"seed": 0}, "test": part}
+    (folder / "results.json").write_text(json.dumps({**facts, **told, **results}))
+    (folder / "per_task.csv").write_text(f"task,draw,iou,loss\na,0,{iou},1.0\n")
+    return folder
+
+
+def test_every_initialisation_is_a_row(tmp_path: Path) -> None:
+    """Their paths may share the last parts; relative ones are seen from where the run was begun."""
+    paths = ["n_A/0/init.safetensors", "n_A2/0/init.safetensors", "/n_A/0/init.safetensors"]
+    for number, path in enumerate(paths):
+        hydra = leave(tmp_path / str(number), number / 10, (f"ckpt_path={path}",)) / ".hydra" / "hydra.yaml"
+        hydra.write_text(f"hydra: {{runtime: {{cwd: /{number}}}}}")
+    leave(tmp_path / "3", 0.4, ("ckpt_path=/0/n_A/0/init.safetensors",))  # the first once more
+    names = {f"ckpt_path={path}/0/init.safetensors": [] for path in ("0/n_A", "1/n_A2", "/n_A")}
+    found = find([tmp_path])
+    assert [row.name for row, _ in found.rows] == [*names]
+    assert [(row.seeds, row.mean) for row, _ in found.rows] == [("0×2", 0.2), ("0", 0.1), ("0", 0.2)]
+    write_page([tmp_path], tmp_path / "r.html")
+    assert [line[0] for line in cells(section((tmp_path / "r.html").read_text(), "Algorithms"))[1:]] == [*names]
+
+
+def test_rows_are_named_by_what_changes_numbers(tmp_path: Path) -> None:
+    leave(tmp_path / "0", words=("update.lr=${algo.inner.lr}", "search.storage=postgresql://me:secret@host/db"))
+    leave(tmp_path / "1", words=("trainer=gpu", "+trainer.precision=16", "worker=1", "hydra/launcher=ray", "workers=0"))
+    leave(tmp_path / "2", words=("trainer.max_steps=9", "evaluate.panels=1", "logger.tags=[a]", "uho.workers=2"))
+    leave(tmp_path / "3", words=("~uho.space.adapts", "uho.storage=a", "evaluate.processes=2"))
+    names = [row.name for row, _ in find([tmp_path]).rows]
+    assert names == ["update.lr=${algo.inner.lr}", "all", "trainer.max_steps=9", "uho.space.adapts=removed"]
+
+
+def test_a_rows_baseline_has_met_its_episodes(tmp_path: Path) -> None:
+    untrained = {"algo": "finetune", "trained_on": None}
+    leave(tmp_path / "0", 0.7, **untrained, mode="uho")  # its ω was searched for: no baseline
+    leave(tmp_path / "1", 0.1, **untrained, shots=1, words=("evaluate.shots=1",))
+    leave(tmp_path / "2", 0.2, **untrained)
+    leave(tmp_path / "3", 0.5)
+    leave(tmp_path / "4", 0.5, shots=1, words=("evaluate.shots=1",))
+    leave(tmp_path / "5", 0.5, shots=10, words=("evaluate.shots=10",))
+    write_page([tmp_path], tmp_path / "r.html")
+    gains = [
+        line[-1].split("\u00a0")[0] for line in cells(section((tmp_path / "r.html").read_text(), "Algorithms"))[1:]
+    ]
+    assert gains == ["+50.0", "baseline", "baseline", "+30.0", "+40.0", "other episodes"]
+
+
+def test_a_broken_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    part = {"iou": {"mean": 0.5, "ci95": [0.5, 0.5]}, "tasks": 1}
+    for name, wrong in {
+        "time": {"wall_s": "long"},
+        "commit": {"git_commit": 7},
+        "episodes": {"episodes": [1]},
+        "course": {"test": {**part, "course": [{}]}},
+    }.items():
+        leave(tmp_path / name, **wrong)
+    (leave(tmp_path / "overrides") / ".hydra" / "overrides.yaml").write_text("- a: [")
+    good = leave(tmp_path / "²", mode="fit_test", words=("a='$\\b$'",))
+    leave(tmp_path / "2", mode="fit_test")
+    (good / "csv").mkdir()
+    (good / "csv" / "metrics.csv").write_text("step,val/iou\n1,0.25\n2,0.5\n3,0.\x00\nx")
+    found = write_page([tmp_path], tmp_path / "r.html")
+    assert {path.name for path in found.broken} == {"time", "commit", "episodes", "course", "overrides"}
+    assert [run.folder.name for _, run in found.runs] == ["2", "²"]
+
+
+def test_a_fresh_run_in_a_used_folder_leaves_no_old_curves(tmp_path: Path) -> None:
+    for name in ("csv", "csv2", "csv-mine"):
+        (tmp_path / name).mkdir()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for words, left in ((["ckpt_path=x.ckpt"], {"csv", "csv2", "csv3"}), ([], {"csv"})):
+            make_loggers(compose("config", overrides=["logger=csv", *words]), tmp_path)[0].save()
+            assert {path.name for path in tmp_path.iterdir()} == left | {"csv-mine"}

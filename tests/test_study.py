@@ -15,7 +15,6 @@ from optuna.distributions import FloatDistribution
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 from test_config import composed
-from test_sweep import sweep
 
 from metaseg import study as module
 from metaseg.errors import ConfigError
@@ -37,7 +36,6 @@ from metaseg.study import (
     to_log,
     work,
 )
-from metaseg.summary import incomplete_studies
 
 SPACE = {"x": FloatDistribution(0.0, 1.0)}
 DEFAULT = {"x": 0.5}
@@ -363,7 +361,7 @@ def test_while_one_tests_the_others_do_not(tmp_path: Path) -> None:
     assert seen == [None]
 
 
-# Storage and sweep
+# Storage
 
 
 @pytest.mark.parametrize("url", ["nonsense://x", "postgresql+nodriver://host/name"])
@@ -431,10 +429,3 @@ def test_studies_of_one_file_stay_apart(tmp_path: Path) -> None:
     tell(one, one.ask())
     assert (len(finished(one)), len(finished(other))) == (1, 0)
     assert isinstance(storage, optuna.storages.JournalStorage)
-
-
-def test_a_study_is_complete_if_one_of_its_workers_has_finished(tmp_path: Path) -> None:
-    workers: dict[str, float | None] = {"seed=0 worker=0": None, "seed=0 worker=1": 0.5, "seed=1 worker=0": None}
-    assert incomplete_studies(sweep(tmp_path / "a", workers)) == 1
-    assert incomplete_studies(sweep(tmp_path / "b", {**workers, "seed=1 worker=0": 0.5})) == 0
-    assert incomplete_studies(sweep(tmp_path / "c", {"seed=0": 0.5})) is None

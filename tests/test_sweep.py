@@ -21,8 +21,8 @@ from trees import write_data
 
 from metaseg.config import config_dir
 from metaseg.errors import RESUMABLE, ConfigError, DataError
-from metaseg.summary import failures, latex, main, read_sweep, rows, summarise
-from metaseg.sweep import OUTCOME, finished, read_outcome, recorded
+from metaseg.summary import Row, failures, latex, main, read_sweep, rows, summarise
+from metaseg.sweep import OUTCOME, SummaryAtTheEnd, finished, read_outcome, recorded
 
 LAUNCHERS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "submitit", "ray": "ray"}
 
@@ -146,6 +146,85 @@ def test_a_folder_without_jobs(tmp_path: Path) -> None:
         read_sweep(tmp_path)
     with pytest.raises(SystemExit, match="metaseg: .* holds no jobs"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("word", ["x.url=sqlite\\:///a.db", "x.url='sqlite:///a.db'", "x.url=sqlite://me:pw@/a.db"])
+def test_values_are_shown_plain_and_without_a_password(tmp_path: Path, word: str) -> None:
+    job = read_sweep(sweep(tmp_path, {f"{word} ++a.b=${{dataset.name}} c=[1,true,null,{{d:e}}] ~f.g": None}))[0]
+    plain = {"a.b": "${dataset.name}", "c": "[1,true,null,{d:e}]", "f.g": "removed"}
+    assert job.values == {"x.url": "sqlite:///a.db", **plain}
+
+
+def test_a_deletion_a_null_and_an_empty_text_are_no_absence(tmp_path: Path) -> None:
+    jobs = read_sweep(sweep(tmp_path, {"seed=0": 0.1, "~a.b": 0.2, "a.b=null": 0.3, "a.b=''": 0.4}))
+    assert [row.name for row in rows(jobs)] == ["all", "a.b=removed", "a.b=null", "a.b=''"]
+
+
+def test_overrides_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for broken in ("- a: [", "- 'a=[1'", "- a"):
+        (sweep(tmp_path / broken, {"seed=0": 0.5}) / "0" / ".hydra" / "overrides.yaml").write_text(broken)
+        with pytest.raises(DataError, match=r"0/\.hydra/overrides\.yaml is not what Hydra writes"):
+            read_sweep(tmp_path / broken)
+
+
+def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
+    for part, jobs in {"a": {"seed=0": 0.2, "seed=1": 0.5}, "b": {"seed=0": 0.4}}.items():
+        sweep(tmp_path / part, jobs)
+    (row,) = rows(read_sweep(tmp_path))
+    assert (row.seeds, row.mean) == ("0×2 1", pytest.approx(0.4))  # (0.3 + 0.5) / 2
+    assert row.half_width == pytest.approx(12.7062 * 0.1, rel=1e-4)  # Student's t of one degree of freedom
+
+
+def test_latex_takes_any_text() -> None:
+    table = latex([Row({"a^b": "[1,2]"}, {}, []), Row({"a^b": "~\\x$"}, {}, [])])
+    assert "a\\textasciicircum{}b & IoU" in table
+    assert "\n{}[1,2] & " in table
+    assert "\n\\textasciitilde{}\\textbackslash{}x\\$ & " in table
+
+
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    assert summarise(sweep(tmp_path, {"a=${b\\}}$": 0.5, "'a=$\\b$'": 0.4} and {"a='$\\b$'": 0.5, "a=c": 0.4}))
+
+
+def test_jobs_of_an_earlier_sweep_in_the_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, {"seed=0": 0.5, "seed=1": 0.5, "seed=2": None})
+    (tmp_path / "multirun.yaml").touch()
+    os.utime(tmp_path / "2" / ".hydra" / "overrides.yaml", (0, 0))
+    os.utime(tmp_path / "multirun.yaml", (1, 1))
+    summarise(tmp_path)
+    assert f"\n2: older than {tmp_path}/multirun.yaml" in capsys.readouterr().out
+
+
+# Workers
+
+
+WORKERS: dict[str, float | None] = {"seed=0 worker=0": 0.5, "seed=0 worker=1": 0.6, "seed=1 worker=0": None}
+
+
+def at_the_end(folder: Path) -> None:
+    SummaryAtTheEnd().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+
+
+def test_workers_are_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One has tested; the other's metric is of validation tasks."""
+    (sweep(tmp_path, WORKERS) / "1" / "results.json").touch()
+    assert summarise(tmp_path) == []
+    said = capsys.readouterr().out
+    assert f"study of 2 workers, seed=0; tested: {tmp_path}/1\n" in said
+    assert "study of 1 workers, seed=1; tested: not yet; the same command" in said
+    assert not [*tmp_path.glob("summary.*")]
+
+
+def test_a_study_is_complete_once_it_is_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The elected worker may die while it tests, when the others have ended."""
+    with pytest.raises(SystemExit, match="2 studies of 2 .*seed=0; seed=1. The same command tests it"):
+        at_the_end(sweep(tmp_path, WORKERS))
+    (tmp_path / "0" / "results.json").touch()
+    with pytest.raises(SystemExit, match="1 studies of 2 .*: seed=1. The same command tests it"):
+        at_the_end(tmp_path)
+    (tmp_path / "2" / "results.json").touch()
+    at_the_end(tmp_path)
+    assert "1 workers have not finished; the others did without them" in capsys.readouterr().err
 
 
 # The real thing
