@@ -19,6 +19,7 @@ from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from safetensors import safe_open
 from test_config import GROUPS, presets
+from torch import distributed
 from trees import stripes, write_splits, write_tree, write_voc
 
 import metaseg
@@ -334,7 +335,11 @@ def test_presets_run_dry(group: str, preset: str, data: tuple[str, ...], tmp_pat
         pytest.importorskip("tensorboard", reason='pip install "metaseg-lightning[tensorboard]"')
     logger = () if group == "logger" else ("logger=csv",)
     trainer = () if group == "trainer" else ("trainer=cpu",)
-    assert 0 <= job(tmp_path, *data, *trainer, f"{group}={preset}", *logger) <= 1
+    try:
+        assert 0 <= job(tmp_path, *data, *trainer, f"{group}={preset}", *logger) <= 1
+    finally:
+        if distributed.is_initialized():  # by trainer=ddp; processes that later tests fork could not use it
+            distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("preset", presets("model"))
