@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint type sync clean
+.PHONY: help demo test test-slow lint type sync clean
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo ## install, meta-train on the embedded data, compare with ImageNet fine-tuning
 	$(BIN)/python experiments/main_table.py --rows imagenet reptile fomaml_star --tasks 40 --seeds 0 --out runs/demo
@@ -14,6 +14,9 @@ demo: $(VENV)/.demo ## install, meta-train on the embedded data, compare with Im
 
 test: $(VENV)/.dev ## install, then run the tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-slow: $(VENV)/.dev ## the tests that take many processes or a browser
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

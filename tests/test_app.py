@@ -443,6 +443,7 @@ def test_the_end_of_the_process_or_of_its_terminal_is_an_interrupt(name: str) ->
 # The whole of it, in a browser
 
 
+@pytest.mark.slow
 def test_paint_adapt_correct_and_download_in_a_browser(theta: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     pytest.importorskip("playwright.sync_api")

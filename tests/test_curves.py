@@ -74,7 +74,7 @@ def test_a_learning_rate_is_not_lent_to_another_optimizer(words: tuple[str, ...]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "name them, as curves.inits="),
+        ([], "name them, as .curves.inits="),
         (["curves.inits={a:nowhere.safetensors}"], "curves.inits.a=nowhere.safetensors: there is no such file"),
         (["curves.inits={a:random}", "evaluate.lrs=[0.1]"], "leave ckpt_path and evaluate.lrs null"),
         (["curves.inits={a:random}", "curves.k=[5,1]"], "ascending"),

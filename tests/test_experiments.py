@@ -207,6 +207,8 @@ def test_scaling_measures_and_fills_its_page(data: Words, tmp_path: Path, monkey
         run_config(runs.composed(words), folder)
 
     monkeypatch.setattr(scaling, "execute", here)
+    # which a test below has; of so few steps on a busy machine it may find anything
+    monkeypatch.setattr(scaling, "fit", lambda steps: {"t_outer": 0.01, "t_episode": {32: 0.1}})
     page = tmp_path / "page.md"
     page.write_text((Path(__file__).parents[1] / "docs" / "scaling.md").read_text())
     words = ["--sizes=32", "--meta-batches", "1", "2", "--steps=1", "--tasks", "3", "40", "--episodes=2", "--ranks"]

@@ -277,7 +277,9 @@ def test_wandb_groups_the_jobs_by_the_sweep(serial: Path) -> None:
     assert list(started.tags) == ["reptile", "folder", "efficientlab_lite0", "night"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [name if name == "joblib" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
+)
 def test_every_launcher_gives_the_serial_runs_numbers(
     launcher: str,
     serial: Path,
@@ -334,6 +336,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tools / "sbatch.seen"
 
 
+@pytest.mark.slow
 def test_slurm_runs_the_jobs_as_an_array(
     slurm: Path,
     serial: Path,
