@@ -81,7 +81,7 @@ class StopOnSignal(pl.Callback):
     Of several ranks one that receives a signal is enough: after each meta-step, and each scored episode, all agree.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    SIGNALS = tuple(known for known in signal.Signals if known.name in ("SIGTERM", "SIGINT", "SIGUSR2"))
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAST
