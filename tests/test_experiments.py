@@ -82,6 +82,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_an_algorithm_and_no_run_twice(data: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     words = ["--rows", "imagenet", "reptile", "--tasks", "2", "--seeds", "0", "--jobs", "2", "--out", str(out), "--"]

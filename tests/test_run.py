@@ -457,6 +457,7 @@ def test_other_peoples_wandb_runs_go_on(data: tuple[str, ...], tmp_path: Path) -
         assert wandb.run is mine
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_here_and_tests_there(tmp_path: Path) -> None:
     """The words of a researcher with two trees of FSS-1000's format, typed in a folder of his own."""
     roots = [write_tree(tmp_path / "R", CLASSES), write_tree(tmp_path / "R2", ["x", "y"], size=70)]

@@ -277,9 +277,8 @@ def test_wandb_groups_the_jobs_by_the_sweep(serial: Path) -> None:
     assert list(started.tags) == ["reptile", "folder", "efficientlab_lite0", "night"]
 
 
-@pytest.mark.parametrize(
-    "launcher", [name if name == "joblib" else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_gives_the_serial_runs_numbers(
     launcher: str,
     serial: Path,
@@ -379,6 +378,7 @@ def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list
     assert not (folder / "3").exists()  # not begun
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere jobs go on")
 def test_jobs_side_by_side_stop_when_the_command_is_told_to(words: list[str], tmp_path: Path) -> None:
     """As a script's background job, in which Ctrl-C is ignored."""
