@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -335,11 +336,12 @@ def test_presets_run_dry(group: str, preset: str, data: tuple[str, ...], tmp_pat
         pytest.importorskip("tensorboard", reason='pip install "metaseg-lightning[tensorboard]"')
     logger = () if group == "logger" else ("logger=csv",)
     trainer = () if group == "trainer" else ("trainer=cpu",)
-    try:
-        assert 0 <= job(tmp_path, *data, *trainer, f"{group}={preset}", *logger) <= 1
-    finally:
-        if distributed.is_initialized():  # by trainer=ddp; processes that later tests fork could not use it
-            distributed.destroy_process_group()
+    with mock.patch.dict(os.environ):  # Lightning leaves LOCAL_RANK there, which later tests' processes would inherit
+        try:
+            assert 0 <= job(tmp_path, *data, *trainer, f"{group}={preset}", *logger) <= 1
+        finally:
+            if distributed.is_initialized():  # nor could those that they fork use it
+                distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("preset", presets("model"))
