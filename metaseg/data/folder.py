@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from metaseg.data.archive import unpacked
 from metaseg.data.faults import STRAY, UNREADABLE, Fault, fault_lines, first, inspect_each, warn_of
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.errors import DataError
@@ -69,7 +70,8 @@ class FolderSource(FileSource):
     """A `TaskSource` over `root/<class>/`, where each image `<stem>.jpg` or `.jpeg` has its mask in `<stem>.png`.
 
     Args:
-        root: the folder that holds one folder a class; what else lies in it is ignored.
+        root: the folder that holds one folder a class, or a zip or tar file of it (see `archive.unpacked`); what else
+            lies in it is ignored.
         splits: a JSON file `{"train": [...], "val": [...], "test": [...]}` of class names, or such a mapping.
         image_size: height and width that everything is resized to, whatever its proportions were.
         min_images: a class with fewer sound images is left out: an episode draws its support and its query from one.
@@ -87,7 +89,7 @@ class FolderSource(FileSource):
         image_size: int = 224,
         min_images: int = 10,
     ) -> None:
-        self.root = Path(root).expanduser()
+        self.root = unpacked(root)
         self.image_size = image_size
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder: dataset.root names the one that holds a folder per class")

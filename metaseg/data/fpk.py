@@ -35,9 +35,9 @@ class FpkSource:
     A test task's images are FSS-1000's, then PASCAL's.
 
     Args:
-        fss_root: FSS-1000's folder of class folders, or one that holds it as `fewshot_data/`.
-        voc_root: PASCAL VOC's `VOC2012`, or a folder around it.
-        sbd_root: SBD's `dataset`, or a folder around it; None does without, for far fewer images a task.
+        fss_root: FSS-1000's folder of class folders, or one that holds it as `fewshot_data/`, or the archive.
+        voc_root: PASCAL VOC's `VOC2012`, or a folder around it, or the archive.
+        sbd_root: SBD's `dataset`, or a folder around it, or the archive; None does without: far fewer images a task.
         image_size: height and width that everything is resized to.
         min_share: share of a PASCAL image's pixels that the class must cover.
         min_images: a class of train or val with fewer sound images is left out.

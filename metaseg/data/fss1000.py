@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from metaseg.data.archive import unpacked
 from metaseg.data.folder import FolderSource, check_known
 from metaseg.data.source import SPLITS, Split
 from metaseg.errors import DataError
@@ -24,7 +25,7 @@ class Fss1000Source(FolderSource):
     """FSS-1000 as a `TaskSource`: `root/<class>/1.jpg … 10.jpg` with masks `1.png … 10.png`, in the shipped splits.
 
     Args:
-        root: the folder of class folders, or one that holds it as `fewshot_data/`.
+        root: the folder of class folders, or one that holds it as `fewshot_data/`, or the archive (`archive.unpacked`).
         image_size: height and width that everything is resized to; the files' own is 224.
         min_images: a class with fewer sound images is left out; five shots and five queries need all ten.
         exclude: names of classes that are left out of every split, to be held out of meta-training.
@@ -61,7 +62,7 @@ def class_root(root: str | os.PathLike[str], key: str = "root") -> Path:
     Raises:
         DataError: if there is none.
     """
-    top, cure = Path(root).expanduser(), f"{CURE}dataset.{key}=/path/to/{NESTED}"
+    top, cure = unpacked(root), f"{CURE}dataset.{key}=/path/to/{NESTED}"
     if not top.is_dir():
         raise DataError(f"{top} is not a folder: {cure}")
     tasks = [task for names in fss1000_splits().values() for task in names]

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
+from metaseg.data.archive import unpacked
 from metaseg.data.faults import UNREADABLE, Fault, fault_lines, inspect_each, warn_of
 from metaseg.data.folder import FileSource, check_filled, check_known, read_image, read_splits, resize_mask
 from metaseg.data.source import SPLITS, Split, UInt8
@@ -64,8 +65,10 @@ class PascalSource(FileSource):
     in the order of VOC's names (2007_000032 first).
 
     Args:
-        voc_root: `VOC2012`, which holds `JPEGImages/*.jpg` and `SegmentationClass/*.png`; or a folder around it.
-        sbd_root: SBD's `dataset`, which holds `img/*.jpg` and `cls/*.mat`; or a folder around it; None: VOC alone.
+        voc_root: `VOC2012`, which holds `JPEGImages/*.jpg` and `SegmentationClass/*.png`; or a folder around it,
+            or the archive (see `archive.unpacked`).
+        sbd_root: SBD's `dataset`, which holds `img/*.jpg` and `cls/*.mat`; or a folder around it, or the archive; None:
+            VOC alone.
         splits: a JSON file `{"train": [...], "val": [...], "test": [...]}` of PASCAL classes, or such a mapping.
         image_size: height and width that everything is resized to, whatever its proportions were.
         min_share: share of an image's pixels that a class must cover for the image to be in its task. 0.001 is 50
@@ -205,7 +208,7 @@ def _named(which: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> frozenset[str]:
 
 def _folder(key: str, root: str | os.PathLike[str], parts: Sequence[str], inner: Sequence[str], cure: str) -> Path:
     """The folder that holds all `parts`: the root itself, or one that archives put inside it."""
-    top = Path(root).expanduser()
+    top = unpacked(root)
     if not top.is_dir():
         raise DataError(f"{key}: {top} is not a folder: {cure}")
     last, around = inner
