@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps, `best.ckpt` on validation tasks and `last.ckpt` to resume from; how it is stopped."""
 
+import copy
 import os
 import signal
 import sys
@@ -15,14 +16,16 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from metaseg.errors import Stopped
+from metaseg.models.weights import read_torch
 
 LAST = "last.ckpt"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints come into being whole: a process may be killed while it writes one.
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints are files: written whole, read without running anything, and nothing but a file is removed.
 
-    Lightning's own way goes through the folder for temporary files, and copies if that is on another disk.
+    A process may be killed while it writes one; Lightning's own way goes through the folder for temporary files, and
+    copies if that is on another disk. And a checkpoint may come from anywhere.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -30,6 +33,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = Path(f"{path}.{os.getpid()}.partial")
         super().save_checkpoint(checkpoint, partial, storage_options)
         partial.replace(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """As `read_torch` does; the tensors are on the CPU, in memory of their own, whatever is asked for."""
+        checkpoint: dict[str, Any] = copy.deepcopy(read_torch(Path(path)))
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file; Lightning's own would remove a folder, or what is behind a URL, that a checkpoint names."""
+        Path(path).unlink(missing_ok=True)
 
 
 class BestCheckpoint(ModelCheckpoint):

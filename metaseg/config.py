@@ -19,9 +19,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from metaseg.engine import check_optimizer
-from metaseg.errors import ConfigError
-from metaseg.initialisation import check_trusted, read_about
+from metaseg.errors import ConfigError, WeightsError
+from metaseg.initialisation import read_about
 from metaseg.ranks import is_distributed
+from metaseg.trust import OWN_UPDATE, check_trusted, is_plain, read_yaml
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
@@ -98,11 +99,12 @@ def check_overrides(arguments: Sequence[str], name: str = "config") -> None:
 def expand_update(arguments: Sequence[str]) -> list[str]:
     """Replace `update=PATH` by an override for each value of the update procedure that the file holds.
 
-    A YAML file holds one, as UHO leaves it; an `init.safetensors` the one that is recommended for its θ.
+    A YAML file holds one, as UHO leaves it; an `init.safetensors` the one that is recommended for its θ. Both may come
+    from anywhere, so they name no code but what `trust.PARTS` has.
 
     Raises:
         ConfigError: if there is no such file, or it holds no update procedure.
-        WeightsError: if it is an `init.safetensors` that metaseg did not write.
+        WeightsError: if it is an `init.safetensors` that metaseg did not write, or names any other code.
     """
     expanded: list[str] = []
     for argument in arguments:
@@ -112,17 +114,18 @@ def expand_update(arguments: Sequence[str]) -> list[str]:
             continue
         if not path.is_file():
             raise ConfigError(f"{argument}: there is no such file; to choose a preset give its name without .yaml")
-        if path.suffix == ".safetensors":  # a YAML file is its user's own, this may be anybody's
-            about = read_about(path)
-            check_trusted(about, path)
-            values: Any = about.update
-        else:
-            values = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(values, dict) or "optimizer" not in values:
+        try:
+            values = read_yaml(path) if path.suffix != ".safetensors" else read_about(path).update
+        except WeightsError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{argument} cannot be read ({error}): give an update.yaml that mode=uho left") from error
+        if not isinstance(values, dict) or "optimizer" not in values or not is_plain(values):
             raise ConfigError(
                 f"{argument} holds no update procedure; mode=uho writes one, update.yaml, and every run's "
                 "init.safetensors has one"
             )
+        check_trusted({"update": values}, path, OWN_UPDATE)
         expanded += [f"++update.{key}={json.dumps(value)}" for key, value in _leaves(values)]
     return expanded
 
@@ -183,8 +186,15 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
     try:
         update = instantiate(config, _convert_="all")
     except InstantiationException as error:
-        raise ConfigError(str(error.__cause__ or error).replace("update.", f"{name}.", 1)) from error
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(str(error.__cause__).replace("update.", f"{name}.", 1)) from error
+        raise ConfigError(f"{name} cannot be made of these values: {error.__cause__ or error}") from error
     assert isinstance(update, Update)
+    try:
+        update.make_optimizer([torch.zeros(2, 2)], [])
+        float(update.schedule(0.0))
+    except Exception as error:  # each optimizer has its own checks of its options
+        raise ConfigError(f"{name}.optimizer or {name}.schedule has an option that it cannot use: {error}") from error
     return update
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from metaseg.config import config_sha256, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
-from metaseg.errors import ConfigError
+from metaseg.errors import ConfigError, WeightsError
 from metaseg.evaluate import Evaluation, evaluate, write_csv
 from metaseg.initialisation import check_held_out, load_initialisation, read_about
 from metaseg.job import Job, create, device_of, scoring_of
@@ -107,12 +107,20 @@ def initialisation(job: Job, path: str) -> tuple[nn.Module, Update]:
         return net, job.update
     about = load_initialisation(net, Path(path), job.about.model)
     check_held_out(about, job.source, ["test"], f"{path} of curves.inits")
-    if about.update["optimizer"] != job.about.update["optimizer"]:
+    theirs, ours = (update.get("optimizer") for update in (about.update, job.about.update))
+    if theirs != ours:
         raise ConfigError(
-            f"{path} recommends a learning rate for {about.update['optimizer']['_target_']}: give the update=… of that "
-            f"optimizer, not of {job.about.update['optimizer']['_target_']}"
+            f"{path} recommends a learning rate for {_name(theirs)}: give the update=… of that optimizer, not of "
+            f"{_name(ours)}"
         )
-    return net, replace(job.update, lr=about.update["lr"])
+    lr = about.update.get("lr")
+    if not isinstance(lr, int | float) or not lr > 0:
+        raise WeightsError(f"{path} recommends no learning rate, but {lr}: give the init.safetensors that a run left")
+    return net, replace(job.update, lr=lr)
+
+
+def _name(optimizer: Any) -> Any:
+    return optimizer.get("_target_") if isinstance(optimizer, dict) else optimizer
 
 
 def episodes(job: Job, update: Update, k: int) -> EvaluationEpisodes:

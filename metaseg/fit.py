@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 
 from metaseg.algos import Algorithm
 from metaseg.card import write_card
-from metaseg.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, StopOnSignal
+from metaseg.checkpoints import BestCheckpoint, CheckpointFiles, LastCheckpoint, StopOnSignal
 from metaseg.config import training_values
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
@@ -112,7 +112,7 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
     trainer = create(
         config.trainer,
         callbacks=[best, *more, MetaProgressBar()],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[CheckpointFiles()],
         logger=loggers,
         default_root_dir=folder,
         use_distributed_sampler=False,  # ours knows the ranks

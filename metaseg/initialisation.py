@@ -1,31 +1,30 @@
 """Initialisations as files: θ with what is known about it, in safetensors; and θ out of a Lightning checkpoint."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from hydra.utils import get_object
+from fsspec.utils import get_protocol
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from metaseg import models
 from metaseg.data.faults import first
 from metaseg.data.source import SPLITS, Split, TaskSource, task_ids
 from metaseg.errors import ConfigError, UserError, WeightsError
-from metaseg.models.network import load_network
+from metaseg.models.network import check_network, load_network
+from metaseg.models.weights import read_torch
 from metaseg.seeding import torch_seed
+from metaseg.trust import NETWORKS, check_trusted, is_plain
 
-NETWORKS: dict[str, type[nn.Module]] = {  # what a file may name as its network
-    f"metaseg.models.{name}": found for name in models.__all__ if isinstance(found := getattr(models, name), type)
-}
+MOST_PIXELS = 2**14  # of an image's side that a file may ask for
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
-_TRUSTED = ("metaseg.models.", "metaseg.update.", "metaseg.losses.", "torch.optim.")
+BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
 
 
@@ -79,7 +78,7 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         WeightsError: if the file is unreadable or holds another network.
     """
     state, about = _read(path)
-    theirs, ours = ({**_UNSAID, **m, **dict.fromkeys(_NO_SHAPE)} for m in (about.model, model))
+    theirs, ours = ({**_UNSAID, **m, **_without_shape(m)} for m in (about.model, model))
     if theirs != ours:
         differ = [
             f"model.{key}={theirs.get(key)}" for key in sorted(theirs.keys() | ours) if theirs.get(key) != ours.get(key)
@@ -87,6 +86,11 @@ def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> Ab
         raise WeightsError(f"{path} holds another network than model=… gives; it was trained with {' '.join(differ)}")
     load_network(net, state, path)
     return about
+
+
+def _without_shape(model: Mapping[str, Any]) -> dict[str, None]:
+    """Nothing in place of what may differ, if it is a value: what Hydra would make something of may not."""
+    return {name: None for name in _NO_SHAPE if not isinstance(model.get(name), dict | list)}
 
 
 def read_about(path: Path) -> About:
@@ -101,57 +105,29 @@ def read_about(path: Path) -> About:
 def read_network(path: Path) -> tuple[nn.Module, About]:
     """The network of an `init.safetensors` or a `.ckpt` of a run, in eval mode, and what is known of it.
 
-    The file may come from anywhere, so it chooses among metaseg's networks: Hydra, which would run whatever `_target_`
-    a configuration holds at any depth, is not asked. Nothing is downloaded.
+    The file may come from anywhere, so it chooses among metaseg's networks. Nothing is downloaded, and no network is
+    made that is larger than the file's weights.
 
     Raises:
         WeightsError: if the file is unreadable, names anything that is not metaseg's or torch's, or does not fit.
     """
-    about = read_about(path)
-    check_trusted(about, path)
+    state, about = _read(path)
+    check_trusted({"model": about.model, "update": about.update}, path)
     try:
         model = {**about.model, "weights": None}
         target = model.pop("_target_")
         if not timm.is_model(model["backbone"]):  # a hub's address, say
             raise WeightsError(f"{path} names {model['backbone']!r} as its backbone, which timm does not have")
         with torch_seed(0):  # of weights that are replaced: nobody's random state shall move
+            with torch.device("meta"):  # without memory
+                check_network(NETWORKS[target](**model), state, path)
             net = NETWORKS[target](**model)
     except UserError:
         raise
     except Exception as error:  # JSON of any shape
         raise WeightsError(f"{path} does not describe a network of metaseg's: {error!r}") from error
-    load_initialisation(net, path, about.model)
+    load_network(net, state, path)
     return net.eval(), about
-
-
-def check_trusted(about: About, path: Path) -> None:
-    """Refuse a file whose configuration would have anything made but metaseg's and torch's parts of a network and ω.
-
-    Hydra calls what a `_target_` names, and OmegaConf resolves `${…}`, while a file may come from anywhere.
-
-    Raises:
-        WeightsError: naming the first such thing.
-    """
-    for key, value in _values({"model": about.model, "update": about.update}):
-        made = None
-        if key == "_target_" and str(value).startswith(_TRUSTED):
-            with suppress(Exception):  # whatever an import raises
-                made = get_object(value)
-        ours = isinstance(made, type) and f"{made.__module__}.".startswith(_TRUSTED)
-        if (key == "_target_" and not ours) or "${" in str(value):
-            raise WeightsError(
-                f"{path} asks for {value}, which is neither metaseg's nor torch's, so nothing of it is run; to load a "
-                "network of your own use metaseg.initialisation.load_initialisation"
-            )
-
-
-def _values(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
-    """All that is no container, with its key."""
-    if isinstance(node, dict | list):
-        for name, part in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _values(part, name)
-    else:
-        yield key, node
 
 
 def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> None:
@@ -164,13 +140,23 @@ def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> No
 
     Raises:
         ConfigError: naming what differs.
+        WeightsError: if it is unreadable, or names files that no run has kept as its best: Lightning removes what a
+            checkpoint names there as soon as there is a better one, be it anywhere.
     """
+    with _reading(path, "checkpoint"):
+        checkpoint = read_torch(path)
+        saved = _about_of(checkpoint)
+        trained = checkpoint["hyper_parameters"].get("training", training)
+        if not all(isinstance(key, str) and is_plain(value) for key, value in trained.items()):
+            raise ValueError("what it says of its training is not what a run writes")
+        for name in _files_of(checkpoint):
+            if name and (get_protocol(name) != "file" or Path(name).name != BEST or ".." in Path(name).parts):
+                raise ValueError(f"it names {name!r} as a checkpoint of its run")
     names = ("algo", "dataset", "splits_sha256", "seed", "model")
     theirs, ours = (
-        {name: getattr(a, name) for name in names} | {"model": {**_UNSAID, **a.model}}
-        for a in (_read_checkpoint(path)[1], about)
+        {name: getattr(a, name) for name in names} | {"model": {**_UNSAID, **a.model}} for a in (saved, about)
     )
-    theirs |= torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"].get("training", training)
+    theirs |= trained
     ours |= training
     differ = [f"{name}={theirs.get(name)}" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if differ:
@@ -178,6 +164,15 @@ def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> No
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "
             "model.weights=PATH of its init.safetensors to begin a new run from its weights"
         )
+
+
+def _files_of(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """The checkpoints that Lightning's callbacks have noted in one."""
+    for noted in checkpoint.get("callbacks", {}).values():
+        for key, value in noted.items():
+            if key.endswith("_path"):
+                yield value
+        yield from noted.get("best_k_models", ())
 
 
 def check_held_out(about: About, source: TaskSource, splits: Sequence[Split], theta: str) -> None:
@@ -213,21 +208,65 @@ def _read(path: Path) -> tuple[dict[str, Tensor], About]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], About]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, About(  # noqa: SIM118  # no mapping
-                **{key: json.loads(value) for key, value in metadata.items()}
-            )
-    except Exception as error:
-        raise WeightsError(f"{path} is no initialisation that metaseg wrote: {error}") from error
+    with _reading(path, "initialisation"), safe_open(path, framework="pt") as file:
+        about = _about({key: json.loads(value) for key, value in (file.metadata() or {}).items()})
+        return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118  # no mapping
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], About]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        about = About(**{**checkpoint["hyper_parameters"]["about"], "meta_steps": checkpoint["global_step"]})
+    with _reading(path, "checkpoint"):
+        checkpoint = read_torch(path)
         state = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
-    except Exception as error:
-        raise WeightsError(f"{path} is no checkpoint that metaseg wrote: {error}") from error
-    return state, about
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("its state_dict does not hold tensors alone")
+        return state, _about_of(checkpoint)
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the file's fault; what it is that metaseg would have written says `what`."""
+    try:
+        yield
+    except Exception as error:  # safetensors, zip and pickle each have errors of their own
+        raise WeightsError(
+            f"{path} is no {what} that metaseg wrote: {error}; give the init.safetensors of a run, or a .ckpt of its "
+            "checkpoints folder"
+        ) from error
+
+
+def _about_of(checkpoint: Mapping[str, Any]) -> About:
+    return _about({**checkpoint["hyper_parameters"]["about"], "meta_steps": checkpoint["global_step"]})
+
+
+def _about(values: Mapping[str, Any]) -> About:
+    """What a file says of itself, once it is sure that each value is of its kind.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    about = About(**values)
+    sides = about.image_size is None or (_is_whole(about.image_size) and about.image_size <= MOST_PIXELS)
+    seen = {} if about.seen is None else about.seen
+    sound = {
+        **{name: isinstance(getattr(about, name), dict) for name in ("model", "update")},
+        **{name: isinstance(getattr(about, name), str) for name in ("algo", "dataset", "splits_sha256")},
+        "seed": _is_whole(about.seed, least=None),
+        "meta_steps": _is_whole(about.meta_steps),
+        "image_size": sides,
+        "shots": about.shots is None or _is_whole(about.shots),
+        "tile": isinstance(about.tile, bool),
+    }
+    sound = {name: holds and is_plain(getattr(about, name)) for name, holds in sound.items()}
+    sound["seen"] = isinstance(seen, dict) and all(_are_texts([key, *names]) for key, names in seen.items())
+    wrong = [name for name, holds in sound.items() if not holds]
+    if wrong:
+        raise ValueError(f"its {wrong[0]} is not what a run writes")
+    return about
+
+
+def _is_whole(value: Any, least: int | None = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -82,11 +82,17 @@ def build(config: DictConfig) -> Job:
         seen=tasks_seen(config, source),
         image_size=source.image_size,
     )
-    if algo and config.ckpt_path is not None:
-        check_resumable(Path(config.ckpt_path), about, training_values(config))
+    for init in config.curves.inits.values() if config.mode == "curves" else ():
+        if init not in ("imagenet", "random"):
+            load_initialisation(net, Path(str(init)), about.model)  # again later; now what does not fit costs nothing
     tested, theta = about, f"model.weights={config.model.get('weights')}"
-    if config.ckpt_path is not None and not algo:
-        tested, theta = read_about(Path(config.ckpt_path)), f"ckpt_path={config.ckpt_path}"
+    if config.ckpt_path is not None:
+        path = Path(config.ckpt_path)
+        if algo:
+            check_resumable(path, about, training_values(config))
+        loaded = load_initialisation(net, path, about.model)  # likewise
+        if not algo:
+            tested, theta = loaded, f"ckpt_path={path}"
     check_held_out(tested, source, splits_to_score(config, source), theta)
     return Job(config, source, net, update, algo, inner, create(config.engine), about)
 

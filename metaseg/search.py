@@ -30,7 +30,7 @@ from metaseg.job import Job, build, evaluation_episodes, fingerprint
 from metaseg.panels import log_picture
 from metaseg.report import make_loggers, write_results
 from metaseg.seeding import derive_seed
-from metaseg.space import ALONE, training_distributions, with_values
+from metaseg.space import ALONE, check_trial, training_distributions, with_values
 from metaseg.study import (
     Beat,
     best_trials,
@@ -85,10 +85,12 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
             )
             raise
     best = best_trials(study)[0]
-    checkpoint = Path(best.user_attrs["checkpoint"])
+    check_trial(best, training_distributions(config), "search.storage")
+    checkpoint = Path(str(best.user_attrs.get("checkpoint")))
     if not checkpoint.is_file():
         raise ConfigError(
-            f"{checkpoint} of the best trial is gone: put it back, or begin another study with search.storage=PATH"
+            f"the checkpoint {checkpoint} of the best trial is gone: put it back, or begin another study with "
+            "search.storage=PATH"
         )
     winner = build(with_values(config, best.params))
     about = load_initialisation(winner.net, checkpoint, winner.about.model)

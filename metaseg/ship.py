@@ -17,6 +17,7 @@ from typing import Any
 from metaseg.card import write_card
 from metaseg.errors import ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import read_about
+from metaseg.trust import check_trusted, read_json
 
 NAME = "init.safetensors"
 
@@ -61,7 +62,8 @@ def ship(runs: Sequence[Path]) -> Path:
     if len(episodes) > 1:
         raise ConfigError("these runs were validated on different episodes, so none is the best: give only one of them")
     best = max(found, key=lambda run: float(found[run]["val"]["iou"]["mean"]))
-    read_about(best / NAME)  # a damaged file shall not replace a sound one
+    about = read_about(best / NAME)  # a file that nobody could use shall not replace a sound one
+    check_trusted({"model": about.model, "update": about.update}, best / NAME)
     target = shipped_path()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}")
@@ -73,7 +75,7 @@ def ship(runs: Sequence[Path]) -> Path:
 
 def _results(run: Path) -> dict[str, Any]:
     try:
-        results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        results: dict[str, Any] = read_json(run / "results.json")
         _ = results["meta_steps"], results["val"] and (_validated_on(results), results["val"]["iou"]["mean"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run} holds no finished run: give folders with results.json and {NAME}") from error

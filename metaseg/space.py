@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial
 
 from metaseg.config import check, plain
 from metaseg.errors import ConfigError
@@ -49,6 +50,26 @@ def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistributi
 def point(space: Mapping[str, BaseDistribution], update: Update) -> dict[str, Any]:
     """The configured ω as a point of the space."""
     return {name: getattr(update, name) for name in space}
+
+
+def check_trial(trial: FrozenTrial, space: Mapping[str, BaseDistribution], key: str) -> None:
+    """Refuse a trial that no search of this space has taken: a storage may come from anywhere, its values choose code.
+
+    Args:
+        trial: whose values are to be used.
+        space: that is searched.
+        key: of the configuration, that names the storage; for the message.
+
+    Raises:
+        ConfigError: naming the first value that the space does not have.
+    """
+    for name in sorted(trial.params.keys() | space.keys()):
+        value = trial.params.get(name)
+        if name not in space or not _holds(space[name], value):
+            raise ConfigError(
+                f"trial {trial.number} of the study has {name}={value}, which is not of the space that is searched: "
+                f"nothing of it is used; begin another study with {key}=PATH"
+            )
 
 
 def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
@@ -138,4 +159,4 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in ends
     low, high = ends
-    return bool(low <= value <= high)
+    return isinstance(value, int | float) and bool(low <= value <= high)

@@ -31,7 +31,7 @@ from metaseg.metrics import Floats
 from metaseg.panels import log_picture
 from metaseg.report import report, write_results
 from metaseg.seeding import derive_seed
-from metaseg.space import distributions, point
+from metaseg.space import check_trial, distributions, point
 from metaseg.study import (
     Beat,
     best_trials,
@@ -73,6 +73,7 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     if searches:
         clear(folder, LEFT, config)
         search(job, study, distributions(config.uho.space, job.update), loggers)
+    check_trial(best_trials(study)[0], distributions(config.uho.space, job.update), "uho.storage")
     update, about = chosen(study, job.update, about)
     tasks = evaluation_episodes(config, job.source, "test", update).tasks
 

@@ -1,6 +1,5 @@
 """Files of initialisations and checkpoints, also from before a network's configuration had all its present fields."""
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from metaseg.config import expand_update
 from metaseg.data.source import Split, task_ids
 from metaseg.errors import ConfigError, WeightsError
 from metaseg.initialisation import (
@@ -87,49 +85,11 @@ def test_a_file_gives_its_network(net: EfficientLab, tmp_path: Path) -> None:
     assert torch.equal(found(images), net.eval()(images))
 
 
-SYSTEM = {"_target_": "os.system", "command": "touch marker"}
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ({"_target_": "pathlib.Path.touch", "self": "marker"}, "asks for pathlib.Path.touch"),
-        (SYSTEM, "asks for os.system"),
-        ({"_target_": "metaseg.models.use_shortcuts"}, "asks for metaseg.models.use_shortcuts"),
-        ({"_target_": "torch.optim.SGD"}, "does not describe a network"),
-        ({"_target_": ["metaseg.models.EfficientLab"]}, "does not describe a network"),
-        ({"backbone": SYSTEM}, "asks for os.system"),
-        ({"rsd": [SYSTEM]}, "asks for os.system"),
-        ({"drop_path": SYSTEM}, "asks for os.system"),
-        ({"_partial_": True}, "does not describe a network"),
-        ({"backbone": "${oc.env:HOME}"}, "asks for"),
-        ({"backbone": "hf-hub:someone/something"}, "names 'hf-hub:someone/something' as its backbone"),
-        ({"backbone": "local-dir:/tmp"}, "names 'local-dir:/tmp' as its backbone"),
-        ({"backbone": "tf_efficientnet_b0"}, "holds another network"),
-    ],
-)
-def test_a_file_names_no_other_code(
-    net: EfficientLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = written(net, tmp_path, **model)
-    with pytest.raises(WeightsError, match=re.escape(message)):
-        read_network(path)
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
-
-
 def test_a_file_without_a_network(net: EfficientLab, tmp_path: Path) -> None:
     path = tmp_path / "init.safetensors"
     save_initialisation(net, replace(ABOUT, model={}), path)
     with pytest.raises(WeightsError, match="does not describe a network of metaseg's: KeyError"):
         read_network(path)
-
-
-def test_an_update_out_of_a_file_names_no_other_code(net: EfficientLab, tmp_path: Path) -> None:
-    path = tmp_path / "init.safetensors"
-    save_initialisation(net, replace(ABOUT, update={"optimizer": SYSTEM}), path)
-    with pytest.raises(WeightsError, match="asks for os.system"):
-        expand_update([f"update={path}"])
 
 
 # What θ has seen

@@ -1,7 +1,5 @@
 """Networks against golden sizes and slow restatements of their decoders; weights, their sources and their faults."""
 
-import os
-import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -18,9 +16,10 @@ from torch import nn
 
 from metaseg.errors import WeightsError
 from metaseg.models import DeepLab, EfficientLab
-from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
+from metaseg.models.backbone import Backbone, imagenet_weights
 from metaseg.models.deeplab import ASPP, SkipDecoder
 from metaseg.models.efficientlab import ResidualSkipDecoder
+from metaseg.models.weights import read_weights
 
 B0, LITE0 = "tf_efficientnet_b0", "tf_efficientnet_lite0"
 
@@ -504,28 +503,3 @@ def test_a_damaged_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"not weights")
     with pytest.raises(WeightsError, match=f"{name} cannot be read as weights"):
         read_weights(tmp_path / name)
-
-
-class Malicious:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, how: str) -> None:
-    path, trace = tmp_path / "malicious.pt", tmp_path / "trace"
-    content = {"head.weight": torch.zeros(1), "code": Malicious(trace)}
-    if how == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(WeightsError, match="cannot be read as weights"):
-        EfficientLab(LITE0, weights=str(path))
-    assert not trace.exists()
-    torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
-    assert trace.exists()  # the trap does work

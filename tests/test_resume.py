@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from trees import write_data
 
-from metaseg.checkpoints import AtomicCheckpointIO
+from metaseg.checkpoints import CheckpointFiles
 from metaseg.config import config_dir, config_sha256
 from metaseg.errors import RESUMABLE, ConfigError
 from metaseg.run import resumed, run
@@ -124,12 +124,12 @@ def test_last_is_the_run_folders_own(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    CheckpointFiles().save_checkpoint({"step": 1}, path)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+        CheckpointFiles().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}

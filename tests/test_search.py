@@ -179,7 +179,7 @@ def test_a_stopped_worker_ends_with_75_and_the_same_command_goes_on(
     assert [trial.state.name for trial in study_of(words, storage).trials] == ["FAIL"]
     monkeypatch.setattr(module, "take_trial", lambda job, study, trial, folder: study.tell(trial, trial.number / 10))
     assert not list((tmp_path / "a").glob("study-*/*"))
-    with pytest.raises(KeyError):  # such trials have no checkpoint
+    with pytest.raises(ConfigError, match="of the best trial is gone"):  # such trials have no checkpoint
         start(words, tmp_path / "a", storage, 2)
     done = finished(study_of(words, storage))
     assert [trial.user_attrs.get("default", False) for trial in done] == [True, False]

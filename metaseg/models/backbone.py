@@ -1,17 +1,15 @@
 """A timm EfficientNet, cut behind its last block at stride 16, and where its ImageNet weights come from."""
 
 import re
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
 from timm.layers.drop import DropPath
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
 from metaseg.errors import ConfigError, WeightsError
+from metaseg.models.weights import check_tensors, differing, read_weights
 
 
 class Backbone(nn.Module):
@@ -63,15 +61,16 @@ class Backbone(nn.Module):
         """Load a state dict with timm's names; it may hold more (later stages, classifier), not less.
 
         Raises:
-            WeightsError: if a tensor is missing or has another shape.
+            WeightsError: if a tensor is missing, has another shape or another type, or is not finite.
         """
         own = self.state_dict()
-        wrong = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+        wrong = differing(own, state)
         if wrong:
             raise WeightsError(
                 f"{origin} does not fit this backbone: {len(wrong)} of {len(own)} tensors are missing or of another "
                 f"shape, first {wrong[0]}. Give the weights of the same timm model as model.backbone names."
             )
+        check_tensors(own, state, origin)
         self.load_state_dict({key: state[key] for key in own})
 
 
@@ -94,26 +93,6 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
             f"no ImageNet weights for {name}: the hub could not be reached or has none ({type(error).__name__}). "
             f"Connect{package}, give a file with model.weights=PATH, or start from random with model.weights=null."
         ) from error
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from `.safetensors`, or from a torch file without executing code from it.
-
-    Raises:
-        WeightsError: if there is no such file or it is no state dict.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a file, model.weights=imagenet or model.weights=null")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have errors of their own
-        raise WeightsError(f"{path} cannot be read as weights: {error}") from error
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise WeightsError(f"{path} holds no plain state dict; save one with torch.save(net.state_dict(), PATH)")
-    return state
 
 
 def _lite0_from_package() -> dict[str, Tensor] | None:

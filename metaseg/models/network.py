@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaseg.errors import WeightsError
-from metaseg.models.backbone import Backbone, imagenet_weights, read_weights
+from metaseg.models.backbone import Backbone, imagenet_weights
+from metaseg.models.weights import check_tensors, differing, read_weights
 
 BATCH_NORM_MOMENTUM = 0.01  # the original's 0.99 in TensorFlow's terms
 BATCH_NORM_EPS = 1e-3  # of the decoders; a backbone keeps the one that its weights were trained with
@@ -111,17 +112,23 @@ def load_network(net: nn.Module, state: dict[str, Tensor], origin: str | Path) -
     """Load a whole network's state dict.
 
     Raises:
-        WeightsError: if it belongs to a network of another shape.
+        WeightsError: if it belongs to a network of another shape, or a tensor has another type or is not finite.
+    """
+    check_network(net, state, origin)
+    check_tensors(net.state_dict(), state, origin)
+    net.load_state_dict(state)
+
+
+def check_network(net: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Refuse a state dict that belongs to a network of another shape.
+
+    Raises:
+        WeightsError: naming the first tensor that differs.
     """
     own = net.state_dict()
-    wrong = [
-        key
-        for key in own.keys() | state.keys()
-        if key not in own or key not in state or own[key].shape != state[key].shape
-    ]
+    wrong = sorted([*differing(own, state), *(state.keys() - own.keys())])
     if wrong:
         raise WeightsError(
-            f"{origin} holds another network: {len(wrong)} tensors differ, first {sorted(wrong)[0]}. "
+            f"{origin} holds another network: {len(wrong)} tensors differ, first {wrong[0]}. "
             "Choose the model=… that it was trained with."
         )
-    net.load_state_dict(state)

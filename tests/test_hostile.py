@@ -1,0 +1,713 @@
+"""Files that may come from anywhere, made to do harm: nothing of them is run, and each ends in a message with a cure.
+
+Archives have tests of their own, in test_archive.py.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import CategoricalDistribution
+from safetensors.torch import save_file
+from test_practice import ABOUT, MODEL, UPDATE
+from torch import Tensor, nn
+from trees import write_data
+
+import metaseg
+from metaseg import export, ship
+from metaseg.adapt import __main__ as adapt_command
+from metaseg.app import __main__ as app_command
+from metaseg.checkpoints import CheckpointFiles
+from metaseg.config import config_dir, expand_update, make_update
+from metaseg.errors import ConfigError, UserError, WeightsError
+from metaseg.initialisation import check_resumable, read_about, read_network, save_initialisation
+from metaseg.job import build, fingerprint
+from metaseg.models import EfficientLab
+from metaseg.models.weights import read_weights
+from metaseg.run import main as run_command
+from metaseg.run import run
+from metaseg.search import search
+from metaseg.study import open_storage, open_study
+from metaseg.trust import OPTIMIZERS, PARTS
+
+Update = dict[str, Any]
+Harm = Callable[[Path, Path], Path]  # writes a file into a folder that would make the other folder; returns its path
+
+
+class Trap:
+    """Makes a folder where it is unpickled; Hydra makes one of `harmful`."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.trace),)
+
+
+def harmful(trace: Path) -> Update:
+    return {"_target_": "os.mkdir", "path": str(trace)}  # which Hydra itself does not refuse
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Where a folder would be, had anything been run."""
+    return tmp_path / "trace"
+
+
+@pytest.fixture(scope="module")
+def net() -> EfficientLab:
+    torch.manual_seed(0)
+    return EfficientLab("tf_efficientnet_lite0", rsd=(16,), drop_path=0.0)
+
+
+TINY = nn.Linear(1, 1)  # in files that are refused before a network is made
+
+
+def save_checkpoint(net: nn.Module, about: Any, path: Path, **more: Any) -> Path:
+    """What is read of a run's checkpoint."""
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    checkpoint = {"state_dict": state, "hyper_parameters": {"about": about}, "global_step": 3, "callbacks": {}}
+    torch.save(checkpoint | more, path)
+    return path
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# Pickles in place of weights
+
+
+def as_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def as_tar(content: Any, path: Path) -> None:
+    """Torch's before 0.1.10, whose three parts are pickles."""
+    with tarfile.open(path, "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            data = pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+FORMS: dict[str, Callable[[Any, Path], None]] = {
+    "torch": torch.save,
+    "old": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "pickle": as_pickle,
+    "tar": as_tar,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_code_in_a_torch_file_is_not_run(tmp_path: Path, trace: Path, form: str) -> None:
+    """Beside sound tensors, as a checkpoint and as weights; nor is a whole module made."""
+    path = tmp_path / "evil.ckpt"
+    tensors = {"state_dict": {"net.head.weight": torch.zeros(1)}, "global_step": 1}
+    FORMS[form]({**tensors, "hyper_parameters": {"about": Trap(trace)}}, path)
+    with pytest.raises(
+        WeightsError, match="is no checkpoint that metaseg wrote: .*; give the init.safetensors of a run"
+    ):
+        read_about(path)
+    with pytest.raises(WeightsError, match="cannot be read as weights .*: fetch it again, or give another"):
+        read_weights(path)
+    FORMS[form](nn.Conv2d(1, 1, 1), path)
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_weights(path)
+    assert not trace.exists()
+    if form != "tar":  # which torch would take apart first
+        FORMS[form](Trap(trace), path)
+        torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+        assert trace.exists()  # the trap does work
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_torchscript_is_not_run(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "script.pt")
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_weights(tmp_path / "script.pt")
+
+
+def test_the_message_does_not_say_how_to_have_the_code_run(tmp_path: Path, trace: Path) -> None:
+    """Torch's does."""
+    torch.save(Trap(trace), tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match="holds code beside tensors and names; nothing of it was run") as caught:
+        metaseg.load(tmp_path / "evil.ckpt")
+    assert "weights_only" not in str(caught.value)
+    assert "add_safe_globals" not in str(caught.value)
+
+
+# Every way in
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def composed(*words: str) -> DictConfig:
+    quick = ("debug=fast", "model.weights=null", "trainer=cpu", "logger=csv", "update=sgd", "model.rsd=[16]")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=[*quick, *words])
+
+
+def job(*words: str) -> Callable[[Path, Sequence[str]], None]:
+    return lambda path, data: run(composed(*data, *(word.format(path) for word in words)), path.parent / "out")
+
+
+def command(main: Callable[[], None], *words: str) -> Callable[[Path, Sequence[str]], None]:
+    """A command line, which ends in exit code 1 and a message."""
+
+    def call(path: Path, data: Sequence[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["", *(word.format(path, path.parent) for word in words)])
+            main()
+
+    return call
+
+
+INTO_RUNS = {
+    "mode=test": job("mode=test", "ckpt_path={}"),
+    "mode=uho": job("mode=uho", "ckpt_path={}"),
+    "mode=curves": job("mode=curves", "curves.inits={{a:{}}}", "curves.k=[1]"),
+}
+INTO_PRACTICE = {
+    "metaseg.load": lambda path, data: metaseg.load(path),
+    "metaseg.adapt": command(adapt_command.main, "init={0}", "support={1}/in", "query={1}/in", "out={1}/masks"),
+    "metaseg.export": command(export.main, "{0}", "{1}/model.onnx"),
+    "metaseg.app": command(app_command.main, "--init", "{0}"),
+}
+TAKING_CHECKPOINTS = {
+    **INTO_RUNS,
+    **INTO_PRACTICE,
+    "resume": job("algo=reptile", "ckpt_path={}"),
+    "ckpt_path=last": job("algo=reptile", "ckpt_path=last"),
+    "model.weights": job("algo=reptile", "model.weights={}"),
+}
+TAKING_SAFETENSORS = {
+    **INTO_RUNS,
+    **INTO_PRACTICE,
+    "model.weights": TAKING_CHECKPOINTS["model.weights"],
+    "update=FILE": command(run_command, "update={0}"),
+    "adapt's update=FILE": command(adapt_command.main, "update={0}", "support={1}/in", "out={1}/masks"),
+}
+
+
+def refused(call: Callable[[Path, Sequence[str]], None], path: Path, data: Sequence[str]) -> str:
+    """The message; on the disk around the file, which is a run's last checkpoint as well, nothing has changed."""
+    for name in ("in", "out/checkpoints"):
+        (path.parent / name).mkdir(parents=True)
+    (path.parent / "out" / "results.json").write_text("of an earlier run")
+    (path.parent / "out" / "checkpoints" / "last.ckpt").write_bytes(path.read_bytes())
+    before = everything(path.parent)
+    with pytest.raises((UserError, SystemExit)) as caught:
+        call(path, data)
+    assert everything(path.parent) == before
+    if isinstance(caught.value, UserError):
+        return str(caught.value)
+    assert str(caught.value.code).startswith("metaseg: ")  # which is printed alone, and makes the exit code 1
+    return str(caught.value.code)
+
+
+@pytest.mark.parametrize("way", TAKING_CHECKPOINTS)
+def test_a_checkpoint_with_code_in_it_is_refused_wherever_one_is_taken(
+    tmp_path: Path, trace: Path, data: list[str], way: str
+) -> None:
+    path = save_checkpoint(TINY, asdict(ABOUT), tmp_path / "evil.ckpt", code=Trap(trace))
+    assert "holds code beside tensors and names; nothing of it was run" in refused(TAKING_CHECKPOINTS[way], path, data)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("way", TAKING_SAFETENSORS)
+def test_a_pickle_that_is_called_safetensors_is_refused_wherever_one_is_taken(
+    tmp_path: Path, trace: Path, data: list[str], way: str
+) -> None:
+    path = tmp_path / "evil.safetensors"
+    torch.save({"head.weight": torch.zeros(1), "code": Trap(trace)}, path)
+    message = refused(TAKING_SAFETENSORS[way], path, data)
+    assert "is no initialisation that metaseg wrote" in message or "cannot be read as weights" in message
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("way", TAKING_SAFETENSORS.keys() - {"model.weights"})
+def test_a_file_that_names_code_is_refused_wherever_one_is_taken(
+    tmp_path: Path, trace: Path, data: list[str], way: str
+) -> None:
+    """Runs compare the network with their own, and have an ω of their own."""
+    spoilt: dict[str, Any] = {"model": {**MODEL, "drop_path": harmful(trace)}}
+    if way not in INTO_RUNS:
+        spoilt["update"] = {**UPDATE, "loss": harmful(trace)}
+    path = tmp_path / "evil.safetensors"
+    save_initialisation(TINY, replace(ABOUT, **spoilt), path)
+    message = refused(TAKING_SAFETENSORS[way], path, data)
+    told = "holds another network than model=" if way in INTO_RUNS else "asks for os.mkdir, which is neither metaseg's"
+    assert told in message
+    assert not trace.exists()
+
+
+def test_hydra_would_make_it(trace: Path) -> None:
+    """The trap works."""
+    instantiate({"_target_": "collections.OrderedDict", "a": [{"b": harmful(trace)}]})
+    assert trace.exists()
+
+
+def test_what_names_code_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METASEG_CACHE", str(tmp_path / "cache"))
+    results = {"meta_steps": 3, "dataset": "", "splits_sha256": "", "episodes": {}, "shots": 5}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "val": {"iou": {"mean": 1}, "tasks": 2}}))
+    save_initialisation(TINY, replace(ABOUT, update={**UPDATE, "loss": harmful(tmp_path)}), tmp_path / ship.NAME)
+    with pytest.raises(SystemExit, match=r"^metaseg: .* asks for os.mkdir"):
+        ship.main([str(tmp_path)])
+    assert not (tmp_path / "cache").exists()
+
+
+# What a file can have made: the list, and nothing else
+
+
+def test_the_list_is_short_and_all_on_it_are_parts_of_a_network_or_of_omega() -> None:
+    """Each is a class of metaseg's or an optimizer of torch's, and no callable goes into one."""
+    assert {name for place, names in PARTS.items() if place != "update.optimizer" for name in names} == {
+        *("metaseg.models.EfficientLab", "metaseg.models.DeepLab", "metaseg.update.Update"),
+        *("metaseg.update.Constant", "metaseg.update.Cosine", "metaseg.update.Step", "metaseg.update.EarlyStopping"),
+        "metaseg.losses.SegmentationLoss",
+    }
+    assert {"torch.optim.SGD", "torch.optim.Adam", "torch.optim.sgd.SGD"} <= OPTIMIZERS
+    for name in OPTIMIZERS:
+        found = getattr(torch.optim, name.rpartition(".")[2])
+        assert issubclass(found, torch.optim.Optimizer)
+        assert name in (f"torch.optim.{found.__name__}", f"{found.__module__}.{found.__name__}")
+
+
+def test_what_the_presets_configure_is_on_the_list() -> None:
+    presets = [path.read_text() for group in ("update", "model") for path in (config_dir() / group).glob("*.yaml")]
+    configured = {name for text in presets for name in re.findall(r"^ *_target_: (\S+)$", text, re.MULTILINE)}
+    assert len(configured) > 5
+    assert configured <= {name for names in PARTS.values() for name in names}
+
+
+SGD = UPDATE["optimizer"]
+NAMES = {  # that a `_target_` may not have, by the part of ω
+    "optimizer": [
+        *("os.system", "builtins.eval", "torch.optim.nothing", "torch.optim.Optimizer", " torch.optim.SGD"),
+        *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.swa_utils.AveragedModel", "metaseg.models.EfficientLab"),
+        *("torch.load", "torch.hub.load", "torch.optim.sgd.torch.load", ["torch.optim.SGD"], None, {"a": 1}),
+    ],
+    "schedule": ["metaseg.update.replace", "metaseg.update.generator", "metaseg.update.batchnorm_parameters"],
+    "loss": ["metaseg.losses", "metaseg.losses.soft_iou", "metaseg.losses.SegmentationLoss.__call__", "os.system"],
+    "stopping": ["metaseg.config.Path", "metaseg.update.Update", "metaseg.models.backbone.Path"],
+}
+STRANGE: dict[str, tuple[Any, str]] = {  # in an update, and what the file is said to ask for
+    **{f"{part}: {name}": ({part: {**SGD, "_target_": name}}, str(name)) for part in NAMES for name in NAMES[part]},
+    "no update": ({"_target_": "metaseg.losses.SegmentationLoss"}, "metaseg.losses.SegmentationLoss"),
+    "an option of an optimizer": ({"optimizer": {**SGD, "maximize": "TRAP"}}, "os.mkdir"),
+    "deep inside": ({"stopping": [[{"a": [{"b": "TRAP"}]}]]}, "os.mkdir"),
+    "a trusted one in another's place": ({"dropout": [{"_target_": "torch.optim.SGD"}]}, "torch.optim.SGD"),
+    "a key with a dot": ({"loss._target_": "os.mkdir"}, "loss._target_ in update"),
+    "a key with more in it": ({"lr=0.1 +x": 1}, "lr=0.1 +x in update"),
+    "an empty key": ({"": 1}, " in update"),
+    "arguments": ({"schedule": {"_target_": "metaseg.update.Cosine", "_args_": [1]}}, "_args_ in update.schedule"),
+    "no recursion": ({"_recursive_": False}, "_recursive_ in update"),
+    "no conversion": ({"_convert_": "all"}, "_convert_ in update"),
+    "a part that is not finished": ({"loss": {"_partial_": True}}, "_partial_ in update.loss"),
+    "an environment variable": ({"batchnorm": "${oc.env:HOME}"}, "${oc.env:HOME}"),
+    "a resolver that makes a configuration": ({"loss": "${oc.decode:'{_target_: os.mkdir}'}"}, "${oc.decode:"),
+    "a value that is missing": ({"lr": "???"}, "???"),
+}
+STRANGE_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "a function of ours": ({"_target_": "metaseg.models.use_shortcuts"}, "asks for metaseg.models.use_shortcuts"),
+    "an import of ours": (
+        {"_target_": "metaseg.models.backbone.timm.create_model"},
+        "asks for metaseg.models.backbone.",
+    ),
+    "an optimizer": ({"_target_": "torch.optim.SGD"}, "asks for torch.optim.SGD"),
+    "a list as a name": ({"_target_": ["metaseg.models.EfficientLab"]}, "asks for"),
+    "nothing": ({"_target_": None}, "asks for None"),
+    "in the backbone": ({"backbone": "TRAP"}, "asks for os.mkdir"),
+    "in a list": ({"rsd": ["TRAP"]}, "asks for os.mkdir"),
+    "in a number": ({"drop_path": "TRAP"}, "asks for os.mkdir"),
+    "in what is not read": ({"weights": "TRAP"}, "asks for os.mkdir"),
+    "not finished": ({"_partial_": True}, "asks for _partial_ in model"),
+    "an environment variable": ({"backbone": "${oc.env:HOME}"}, r"asks for \$\{oc.env:HOME\}"),
+    "a hub": ({"backbone": "hf-hub:someone/something"}, "names 'hf-hub:someone/something' as its backbone"),
+    "a folder": ({"backbone": "local-dir:/tmp"}, "names 'local-dir:/tmp' as its backbone"),
+    "no backbone of ours": ({"backbone": "resnet18"}, "does not describe a network|is a ResNet: choose"),
+    "another backbone": ({"backbone": "tf_efficientnet_b0"}, "holds another network"),
+    "an option that there is none of": ({"dephts": 3}, "does not describe a network of metaseg's: .*dephts"),
+    "a list of decoders that is none": ({"rsd": "16"}, "model.rsd=|does not describe a network"),
+}
+
+
+def with_trap(node: Any, trace: Path) -> Any:
+    if isinstance(node, dict):
+        return {key: with_trap(value, trace) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_trap(value, trace) for value in node]
+    return harmful(trace) if node == "TRAP" else node
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_an_update_procedure_out_of_a_file_is_of_the_parts_on_the_list(tmp_path: Path, trace: Path, how: str) -> None:
+    """From an initialisation, a checkpoint and a YAML file alike, and whoever asks."""
+    spoilt, message = with_trap(STRANGE[how][0], trace), STRANGE[how][1]
+    update = {**UPDATE, **spoilt}
+    about = replace(ABOUT, update=update)
+    save_initialisation(TINY, about, tmp_path / "evil.safetensors")
+    save_checkpoint(TINY, asdict(about), tmp_path / "evil.ckpt")
+    (tmp_path / "evil.yaml").write_text(json.dumps(update))
+    for call in (
+        lambda: metaseg.load(tmp_path / "evil.safetensors"),
+        lambda: metaseg.load(tmp_path / "evil.ckpt"),
+        lambda: expand_update([f"update={tmp_path}/evil.safetensors"]),
+        lambda: expand_update([f"update={tmp_path}/evil.yaml"]),
+    ):
+        with pytest.raises(WeightsError, match=rf" asks for {re.escape(message)}.*, which is neither .*your own"):
+            call()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("how", STRANGE_MODELS)
+def test_a_network_out_of_a_file_is_metaseg_s(tmp_path: Path, trace: Path, how: str) -> None:
+    spoilt, message = with_trap(STRANGE_MODELS[how][0], trace), STRANGE_MODELS[how][1]
+    save_initialisation(TINY, replace(ABOUT, model={**MODEL, **spoilt}), tmp_path / "evil.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_network(tmp_path / "evil.safetensors")
+    assert not trace.exists()
+
+
+# Files of metaseg's form with other things in them
+
+
+ABOUTS: dict[str, dict[str, Any]] = {
+    "no model": {"model": None},
+    "a list as the model": {"model": [MODEL]},
+    "a name as the update": {"update": "sgd"},
+    "a number as the algorithm": {"algo": 3},
+    "a terminal's commands": {"dataset": "\x1b]0;owned\x07"},
+    "two lines": {"algo": "reptile\n---\n"},
+    "no seed": {"seed": None},
+    "a true seed": {"seed": True},
+    "meta-steps below zero": {"meta_steps": -1},
+    "a fraction of an image": {"image_size": 64.0},
+    "an image of terabytes": {"image_size": 2**20},
+    "shots by name": {"shots": "five"},
+    "a tile": {"tile": 1},
+    "seen as a list": {"seen": ["a"]},
+    "seen numbers": {"seen": {"train": [1]}},
+    "not a number": {"update": {**UPDATE, "lr": float("nan")}},
+    "infinite": {"model": {**MODEL, "drop_path": float("inf")}},
+    "a number of a hundred digits": {"update": {**UPDATE, "steps": 10**100}},
+    "deep": {"update": {**UPDATE, "loss": [[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]}},
+    "long": {"model": {**MODEL, "rsd": [16] * 2000}},
+    "a field that there is none of": {"author": "me"},
+}
+
+
+@pytest.mark.parametrize("how", ABOUTS)
+def test_what_a_file_says_of_itself_is_of_its_kind(tmp_path: Path, how: str) -> None:
+    about = {**asdict(ABOUT), **ABOUTS[how]}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    save_file(TINY.state_dict(), tmp_path / "init.safetensors", metadata=metadata)
+    steps = {"global_step": about["meta_steps"]}
+    for path in (tmp_path / "init.safetensors", save_checkpoint(TINY, about, tmp_path / "last.ckpt", **steps)):
+        with pytest.raises(WeightsError, match=r" that metaseg wrote: .+; give the init\.safetensors of a run"):
+            read_about(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(harmful(Path("trace")),), {1: 2}, {("_target_",): 1}, {b"_target_": 1}, {1}, b"bytes", torch.zeros(2), 1j],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_checkpoint_s_values_are_those_that_json_has(tmp_path: Path, value: Any) -> None:
+    """A pickle may have others: OmegaConf would make a list of a tuple, and Hydra something of what is in it."""
+    for field in ("model", "update", "algo", "seed"):
+        about = {**asdict(ABOUT), field: {**UPDATE, "loss": value} if field in ("model", "update") else value}
+        with pytest.raises(WeightsError, match="is no checkpoint that metaseg wrote"):
+            read_about(save_checkpoint(TINY, about, tmp_path / "last.ckpt"))
+
+
+def rewritten(path: Path, edit: Callable[[bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    """Another torch file, with its pickle edited."""
+    out = path.with_stem("rewritten")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for record in old.infolist():
+            content = old.read(record)
+            new.writestr(record.filename, edit(content) if record.filename.endswith("data.pkl") else content)
+    return out
+
+
+def test_what_is_nested_ten_thousand_deep_is_refused(tmp_path: Path) -> None:
+    """Written by hand: Python's own writers would not get so far."""
+    metadata = {key: json.dumps(value) for key, value in asdict(ABOUT).items()}
+    metadata["update"] = 10_000 * "[" + 10_000 * "]"
+    save_file(TINY.state_dict(), tmp_path / "init.safetensors", metadata=metadata)
+    path = save_checkpoint(TINY, {**asdict(ABOUT), "update": {"optimizer": "DEEP"}}, tmp_path / "last.ckpt")
+    deep = rewritten(path, lambda content: content.replace(b"X\4\0\0\0DEEP", 10_000 * b"]" + 9_999 * b"a"))
+    for evil in (tmp_path / "init.safetensors", deep):
+        with pytest.raises(WeightsError, match=" that metaseg wrote: "):
+            read_about(evil)
+
+
+TENSORS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "double": (lambda t: t.double(), "as torch.float64, torch.strided, where the network has torch.float32"),
+    "half": (lambda t: t.half(), "as torch.float16"),
+    "integer": (lambda t: t.long(), "as torch.int64"),
+    "complex": (lambda t: t.to(torch.complex64), "as torch.complex64"),
+    "sparse": (lambda t: t.to_sparse(), "as torch.float32, torch.sparse_coo"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "as torch.qint8"),
+    "meta": (lambda t: t.to("meta"), r"without numbers \(meta\)"),
+    "not a number": (lambda t: t.clone().index_fill_(0, torch.tensor([1]), float("nan")), "none .NaN. or infinite"),
+    "infinite": (lambda t: t.clone().index_fill_(0, torch.tensor([1]), float("inf")), "none .NaN. or infinite"),
+    "another shape": (lambda t: t[:1], "holds another network: 1 tensors differ, first head.bias"),
+    "terabytes by a stride of nothing": (lambda t: t[:1].expand(2**40), "holds another network: 1 tensors differ"),
+    "a list": (lambda t: t.tolist(), "does not hold tensors alone|holds no plain state dict"),
+    "nothing": (lambda t: None, "does not hold tensors alone|holds no plain state dict"),
+}
+
+
+@pytest.mark.parametrize("how", TENSORS)
+@pytest.mark.filterwarnings("ignore")  # torch's own, on what it is about to drop
+def test_tensors_of_another_kind_are_refused_and_not_cast(tmp_path: Path, net: EfficientLab, how: str) -> None:
+    spoil, message = TENSORS[how]
+    state = net.state_dict()
+    path = save_checkpoint(net, asdict(ABOUT), tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["net.head.bias"] = spoil(state["head.bias"])
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=message):
+        read_network(path)
+
+
+@pytest.mark.parametrize("how", ["double", "not a number", "a list"])
+def test_tensors_of_another_kind_are_refused_as_weights_to_begin_from(
+    tmp_path: Path, net: EfficientLab, how: str
+) -> None:
+    spoil, message = TENSORS[how]
+    torch.save({**net.state_dict(), "head.bias": spoil(net.head.bias.detach())}, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=message):
+        EfficientLab("tf_efficientnet_lite0", rsd=(16,), weights=str(tmp_path / "weights.pt"))
+
+
+def test_weights_of_a_backbone_are_checked_alike(tmp_path: Path, net: EfficientLab) -> None:
+    state = net.backbone.state_dict()
+    for value, message in ((torch.zeros(32).double(), "as torch.float64"), (torch.full((32,), torch.nan), "NaN")):
+        save_file({**state, "bn1.weight": value}, tmp_path / "timm.safetensors")
+        with pytest.raises(WeightsError, match=f"bn1.weight .*{message}|{message}.*bn1.weight|in bn1.weight"):
+            EfficientLab("tf_efficientnet_lite0", rsd=(16,), weights=str(tmp_path / "timm.safetensors"))
+
+
+def test_a_torch_file_does_not_become_larger_than_it_is(tmp_path: Path) -> None:
+    """40 MB of zeros in 40 KB."""
+    torch.save({"a": torch.zeros(10**7)}, tmp_path / "zeros.pt")
+    bomb = rewritten(tmp_path / "zeros.pt", bytes, zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 50_000
+    with pytest.raises(WeightsError, match="its records are compressed, which torch does not do"):
+        read_weights(bomb)
+
+
+def test_a_torch_file_that_claims_terabytes(tmp_path: Path) -> None:
+    four, many = b"K\4", b"\x8a\6" + (2**40).to_bytes(6, "little")
+    path = tmp_path / "four.pt"
+    torch.save({"a": torch.zeros(4)}, path)
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_weights(rewritten(path, lambda content: content.replace(four, many)))
+    torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(four, many))
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        read_weights(path)
+
+
+def test_a_safetensors_file_that_claims_terabytes(tmp_path: Path) -> None:
+    head = json.dumps({"head.bias": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    (tmp_path / "big.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    (tmp_path / "head.safetensors").write_bytes((2**60).to_bytes(8, "little") + head)
+    for name in ("big", "head"):
+        with pytest.raises(WeightsError, match="cannot be read as weights"):
+            read_weights(tmp_path / f"{name}.safetensors")
+        with pytest.raises(WeightsError, match="is no initialisation that metaseg wrote"):
+            read_about(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**MODEL, "backbone": "eva_giant_patch14_336"},  # a billion parameters
+        {**MODEL, "backbone": "tf_efficientnet_l2"},
+        {"_target_": "metaseg.models.DeepLab", "backbone": "tf_efficientnet_b8", "rates": [1] * 50, "skip": None},
+    ],
+    ids=lambda model: model["backbone"],
+)
+def test_no_network_is_made_that_is_larger_than_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any]
+) -> None:
+    """Not with memory, that is."""
+    save_initialisation(TINY, replace(ABOUT, model=model), tmp_path / "init.safetensors")
+    made: list[bool] = []
+    monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: made.append(conv.weight.is_meta))
+    with pytest.raises(UserError, match="holds another network|is a Eva: choose|does not describe"):
+        read_network(tmp_path / "init.safetensors")
+    assert all(made)
+    assert len(made) > 0
+
+
+# What a checkpoint, a study or a configuration would have a run do
+
+RESUMABLE = ("mode=fit", "algo=reptile", "++algo.inner.steps=1", "trainer.max_steps=2", "evaluate.validations=1")
+
+
+@pytest.fixture(scope="module")
+def stopped(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that was stopped behind the first of its two meta-steps."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            if trainer.global_step == 1:
+                raise InterruptedError
+
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaseg.fit.MetaProgressBar", Stop)
+        with pytest.raises(InterruptedError):
+            run(composed(*data, *RESUMABLE), folder)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def noted(stopped: Path) -> dict[str, Any]:
+    """What Lightning has noted there of the best checkpoint so far."""
+    (best,) = torch.load(stopped, weights_only=True)["callbacks"].values()
+    return best
+
+
+@pytest.mark.parametrize(
+    "place", ["local://{}", "file://{}", "memory://{}", "simplecache::file://{}", "{}", "{}/best.ckpt/../../in"]
+)
+@pytest.mark.parametrize("field", ["best_model_path", "kth_best_model_path", "last_model_path", "best_k_models"])
+def test_a_checkpoint_does_not_name_what_lightning_removes(
+    tmp_path: Path, noted: dict[str, Any], place: str, field: str
+) -> None:
+    """The best checkpoint so far is removed once there is a better one: a folder, or what is behind a URL, too."""
+    named = place.format(tmp_path / "in")
+    best = noted | {field: {named: torch.tensor(-1.0)} if field == "best_k_models" else named}
+    path = save_checkpoint(TINY, asdict(ABOUT), tmp_path / "evil.ckpt", callbacks={"BestCheckpoint": best})
+    with pytest.raises(WeightsError, match=f"names '{named}' as a checkpoint of its run; give"):
+        check_resumable(path, ABOUT, {})
+    assert field in noted
+
+
+def test_lightning_removes_no_folder(tmp_path: Path) -> None:
+    """Not if it is asked to, either."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "best.ckpt").touch()
+    files = CheckpointFiles()
+    for place in (f"local://{tmp_path}/photos", f"file://{tmp_path}/photos", f"{tmp_path}/best.ckpt"):
+        files.remove_checkpoint(place)
+    with pytest.raises(OSError, match="photos"):
+        files.remove_checkpoint(str(tmp_path / "photos"))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("training", {"update.lr": torch.zeros(2)}, "what it says of its training is not what a run writes"),
+        ("training", {("a",): 1}, "what it says of its training is not what a run writes"),
+        ("training", [1], "has no attribute 'items'"),
+        ("callbacks", [1], "has no attribute 'values'"),
+        ("callbacks", {"a": {"best_model_path": 3}}, "is no checkpoint that metaseg wrote"),
+    ],
+)
+def test_a_checkpoint_to_resume_is_of_its_form(tmp_path: Path, part: str, value: Any, message: str) -> None:
+    more = {"hyper_parameters": {"about": asdict(ABOUT), part: value}} if part == "training" else {part: value}
+    with pytest.raises(WeightsError, match=message):
+        check_resumable(save_checkpoint(TINY, asdict(ABOUT), tmp_path / "last.ckpt", **more), ABOUT, {})
+
+
+def test_what_is_not_finite_is_not_resumed(tmp_path: Path, data: list[str], stopped: Path) -> None:
+    """Nor is anything written."""
+    checkpoint = torch.load(stopped, weights_only=True)
+    checkpoint["state_dict"]["net.head.bias"][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    message = refused(job(*RESUMABLE, "ckpt_path={}"), tmp_path / "evil.ckpt", data)
+    assert "holds numbers in head.bias that are none (NaN) or infinite" in message
+
+
+def test_a_study_chooses_no_code(tmp_path: Path, trace: Path, data: list[str], stopped: Path) -> None:
+    """Its best trial's values become the configuration of the run that is tested."""
+    place = tmp_path / "study.journal"
+    asked = build(composed(*data, "mode=search", "algo=reptile", "search.trials=1", f"search.storage={place}"))
+    study = open_study(open_storage(str(place), ""), fingerprint(asked), (0,), 1)
+    sound = {"algo.outer.lr": 0.1, "algo.inner.lr": 0.1, "update.lr": 0.1}
+    code = {"update.schedule._target_": "os.mkdir", "update.schedule.path": str(trace)}
+    for given in ({**sound, **code}, {**sound, "update.lr": "${oc.env:HOME}"}, {"update.lr": 0.1}):
+        trial = optuna.create_trial(
+            params=given,
+            distributions={key: CategoricalDistribution([value]) for key, value in given.items()},
+            value=0.5 + len(study.trials) / 10,
+            user_attrs={"checkpoint": str(stopped)},
+        )
+        study.add_trial(trial)
+        with pytest.raises(ConfigError, match=r"has .*, which is not of the space that is searched: nothing of it is"):
+            search(asked, [], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"study.journal"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: !!python/object/apply:os.mkdir [TRACE]", "could not determine a constructor"),
+        ("optimizer: !!python/name:os.mkdir ''", "could not determine a constructor"),
+        ("a: &a [1]\nb: &b [*a, *a]\noptimizer: [*b, *b]", "has aliases"),
+        (400 * "{", "is no YAML file of plain values"),
+        ("optimizer: {a: [1", "is no YAML file of plain values"),
+        ("\0", "is no YAML file of plain values"),
+        ("- optimizer", "holds no update procedure"),
+        ("optimizer: .nan", "holds no update procedure"),
+        ("1: 2\noptimizer: 1", "holds no update procedure"),
+    ],
+    ids=range(9),
+)
+def test_a_yaml_file_of_an_update_is_plain(tmp_path: Path, trace: Path, text: str, message: str) -> None:
+    (tmp_path / "evil.yaml").write_text(text.replace("TRACE", str(trace)))
+    with pytest.raises(ConfigError, match=message):
+        expand_update([f"update={tmp_path}/evil.yaml"])
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"optimizer": {**SGD, "momentum": "much"}},
+        {"optimizer": {**SGD, "params": [1]}},
+        {"optimizer": {**SGD, "momentun": 0.9}},
+        {"schedule": {"_target_": "metaseg.update.Cosine", "final": "low"}},
+        {"schedule": {"_target_": "metaseg.update.Step", "factor": [1]}},
+        {"loss": {"_target_": "metaseg.losses.SegmentationLoss", "darc1": "a"}},
+        {"stopping": {"_target_": "metaseg.update.EarlyStopping", "share": "half"}},
+        {"steps": "ten"},
+        {"lr": [1]},
+        {"batchnorm": {"a": 1}},
+    ],
+    ids=lambda spoilt: next(iter(spoilt)),
+)
+def test_options_of_omega_that_cannot_be_used_are_found_at_once(spoilt: dict[str, Any]) -> None:
+    """And not in the first inner step."""
+    with pytest.raises(ConfigError, match="update"):
+        make_update(OmegaConf.create({**UPDATE, **spoilt}))
