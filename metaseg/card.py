@@ -4,7 +4,7 @@ Every line is a fact out of the initialisation's own metadata or the `results.js
 card does not say.
 """
 
-import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ from omegaconf import OmegaConf
 
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import About, read_about
+from metaseg.trust import read_json
+
+_IN_CODE = str.maketrans({"`": "'", "|": "\\|"})  # so that neither code nor the cell around it ends
 
 
 class Known(NamedTuple):
@@ -35,8 +38,9 @@ DATA = {"emoji": EMOJI}
 
 
 def _known(dataset: str) -> Known:
-    unknown = f"θ learned from the images of {dataset}; of other images nothing is known here."
-    licence = f"The licence of {dataset}'s images is not known to metaseg: ask whoever made them."
+    name = _text(dataset)
+    unknown = f"θ learned from the images of {name}; of other images nothing is known here."
+    licence = f"The licence of {name}'s images is not known to metaseg: ask whoever made them."
     return DATA.get(dataset, Known(unknown, "", "", licence))
 
 
@@ -47,20 +51,25 @@ def write_card(init: Path, path: Path | None = None) -> Path:
         WeightsError: if the initialisation is unreadable.
     """
     path = path or init.with_name("card.md")
-    path.write_text(card(read_about(init), read_results(init)), encoding="utf-8")
+    about, results = read_about(init), read_results(init)
+    try:
+        text = card(about, results)
+    except (LookupError, TypeError, ValueError, AttributeError):  # a results.json that no run has written
+        text = card(about, None)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
 def read_results(init: Path) -> dict[str, Any] | None:
     """The results.json beside an initialisation; None if there is none, or it is of another θ or another ω."""
     try:
-        results: dict[str, Any] = json.loads((init.parent / "results.json").read_text(encoding="utf-8"))
+        results: dict[str, Any] = read_json(init.parent / "results.json")
     except (FileNotFoundError, ValueError):
         return None
     about = read_about(init)
     names = ("algo", "seed", "meta_steps", "update")
-    same = about.shots is None and all(results.get(name) == getattr(about, name) for name in names)
-    return results if same else None
+    same = isinstance(results, dict) and all(results.get(name) == getattr(about, name) for name in names)
+    return results if same and about.shots is None else None
 
 
 def card(about: About, results: dict[str, Any] | None) -> str:
@@ -98,7 +107,7 @@ def _front_matter(about: About, results: dict[str, Any] | None) -> dict[str, Any
 
 def _what(about: About, results: dict[str, Any] | None) -> str:
     if about.shots is None:
-        title = f"{about.algo} on {about.dataset}: an initialisation for few-shot segmentation"
+        title = f"{_text(about.algo)} on {_text(about.dataset)}: an initialisation for few-shot segmentation"
         purpose = "To be adapted to a new kind of object from a few labelled images."
     else:
         title = f"A segmentation network adapted from {about.shots} labelled image{'s' * (about.shots > 1)}"
@@ -111,20 +120,20 @@ def _facts(about: About, results: dict[str, Any] | None) -> dict[str, str]:
     model = {key: value for key, value in about.model.items() if key not in ("_target_", "weights")}
     weights = about.model.get("weights")
     facts = {
-        "network": f"{about.model['_target_'].rpartition('.')[2]}: "
-        + ", ".join(f"`{key}={value}`" for key, value in model.items()),
-        "weights before": "random" if weights is None else Path(weights).name,
-        "algorithm": f"{about.algo}, {about.meta_steps} meta-steps, seed {about.seed}",
+        "network": f"{_text(str(about.model.get('_target_')).rpartition('.')[2])}: "
+        + ", ".join(_code(f"{key}={value}") for key, value in model.items()),
+        "weights before": "random" if weights is None else _text(Path(str(weights)).name),
+        "algorithm": f"{_text(about.algo)}, {about.meta_steps} meta-steps, seed {about.seed}",
     }
     if about.meta_steps:
         seen = about.seen or {}
         counts = ", ".join(f"{len(seen[split])} {split} classes" for split in SPLITS if seen.get(split))
-        facts["meta-trained on"] = f"{about.dataset}{f' ({counts})' if counts else ''}"
-        facts["splits' SHA-256"] = f"`{about.splits_sha256}`"
+        facts["meta-trained on"] = f"{_text(about.dataset)}{f' ({counts})' if counts else ''}"
+        facts["splits' SHA-256"] = _code(about.splits_sha256)
     if about.image_size is not None:
         facts["image size"] = f"{about.image_size}² pixels"
     if results and results["git_commit"]:
-        facts["commit"] = f"`{results['git_commit']}`"
+        facts["commit"] = _code(results["git_commit"])
     return facts
 
 
@@ -134,8 +143,9 @@ def _numbers(results: dict[str, Any] | None) -> str:
     drawn = results["episodes"]
     lines = [
         "## Numbers\n",
-        f"On {results['dataset']} at {drawn['image_size']}²: {results['shots']} support and {drawn['queries']} query "
-        f"images an episode, {drawn['draws']} a task, batch norm `{results['batchnorm']}`. In %; IoU is the mean of "
+        f"On {_text(results['dataset'])} at {drawn['image_size']:d}²: {results['shots']:d} support and "
+        f"{drawn['queries']:d} query images an episode, {drawn['draws']:d} a task, batch norm "
+        f"{_code(results['batchnorm'])}. In %; IoU is the mean of "
         "per-image object IoU, its interval a bootstrap over tasks, of one seed.\n",
         "| split | tasks | IoU | 95 % | before adaptation | mIoU (class) | FB-IoU |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -145,20 +155,21 @@ def _numbers(results: dict[str, Any] | None) -> str:
         lines.append("\nChoices were made on the val tasks, so their IoU flatters.")
     if searched := results.get("uho"):
         best = _percent(searched["val_iou"])
-        lines.append(f"\nω is the best of {searched['trials']} trials on val tasks; its IoU there, {best}, flatters.")
+        lines.append(f"\nω is the best of {searched['trials']:d} trials on val tasks; its IoU there, {best}, flatters.")
     return "\n".join(lines)
 
 
 def _row(split: str, part: dict[str, Any]) -> str:
     low, high = map(_percent, part["iou"]["ci95"])
     others = (part[name] for name in ("iou_before_adaptation", "miou_class", "fb_iou"))
-    values = [split, str(part["tasks"]), _percent(part["iou"]["mean"]), f"[{low}, {high}]", *map(_percent, others)]
+    values = [split, f"{part['tasks']:d}", _percent(part["iou"]["mean"]), f"[{low}, {high}]", *map(_percent, others)]
     return f"| {' | '.join(values)} |"
 
 
 def _update(about: About) -> str:
     title = "Recommended update procedure ω" if about.shots is None else "Update procedure ω that adapted it"
-    return f"## {title}\n\n```yaml\n{OmegaConf.to_yaml(about.update)}```"
+    yaml = OmegaConf.to_yaml(about.update).replace("`", "'")  # or the code would end there
+    return f"## {title}\n\n```yaml\n{yaml}```"
 
 
 def _limits(about: About, results: dict[str, Any] | None) -> str:
@@ -174,7 +185,7 @@ def _limits(about: About, results: dict[str, Any] | None) -> str:
     if results and (tested := results["test"] or results["val"]):
         before, after = _percent(tested["iou_before_adaptation"]), _percent(tested["iou"]["mean"])
         limits.append(
-            f"Adapt it before use: IoU is {before} % before and {after} % after it, with {results['shots']} shots."
+            f"Adapt it before use: IoU is {before} % before and {after} % after it, with {results['shots']:d} shots."
         )
     if about.update.get("batchnorm") == "batch":
         limits.append(
@@ -189,9 +200,19 @@ def _licence(about: About) -> str:
     if about.meta_steps:
         parts.append(_known(about.dataset).licence)
     if about.model.get("weights") == "imagenet":
-        backbone = about.model["backbone"]
+        backbone = _text(about.model.get("backbone"))
         parts.append(f"The backbone began from published ImageNet weights of {backbone}, under a licence of their own.")
     return "## Licence\n\n" + "\n".join(f"- {part}" for part in parts)
+
+
+def _text(said: object) -> str:
+    """What a file says, as text: no tag, link, code or cell of Markdown's begins in it."""
+    return re.sub(r"[<>\[\]|`]", lambda found: f"\\{found[0]}", str(said))
+
+
+def _code(said: object) -> str:
+    """What a file says, as code: it ends nowhere before its end."""
+    return f"`{str(said).translate(_IN_CODE)}`"
 
 
 def _percent(share: float) -> str:

@@ -20,10 +20,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from metaseg.errors import ComparisonError
+from metaseg.errors import ComparisonError, printable
 from metaseg.metrics import Floats, bootstrap_ci95
+from metaseg.summary import no_math
+from metaseg.trust import read_json
 
 Measure = Literal["iou", "loss"]
+_KINDS = {"algo": str, "batchnorm": str, "dataset": str, "splits_sha256": str, "shots": int}  # of results.json
 
 # update=, since the file names the ω that suits its θ, the learning rate chosen for it or UHO's ω*
 AGAIN = "without training anew: mode=test ckpt_path=RUN/init.safetensors update=RUN/init.safetensors"
@@ -206,16 +209,19 @@ def read_run(folder: Path) -> FinishedRun:
     if missing:
         raise ComparisonError(f"{folder} has no {' and no '.join(missing)}: name the folder of a run that has finished")
     try:
-        found = json.loads(results.read_text())
+        found = read_json(results)
         with per_task.open(newline="") as file:
             scores: dict[tuple[str, int], dict[Measure, float]] = {
                 (row["task"], int(row["draw"])): {"iou": float(row["iou"]), "loss": float(row["loss"])}
                 for row in csv.DictReader(file)
             }
         run = FinishedRun(folder, found, scores)
-        # reads what will be asked for, but the episodes, which older files do not name
-        _ = run.split, *(found[key] for key in ("algo", "batchnorm", "dataset", "splits_sha256", "shots"))
-    except (ValueError, KeyError, TypeError) as error:
+        odd = [name for name, kind in _KINDS.items() if not isinstance(found[name], kind)]
+        odd += ["episodes"] if not isinstance(found.get("episodes"), dict | None) else []  # older files have none
+        if odd:
+            raise TypeError(f"{odd[0]} is {found[odd[0]]!r:.40}")
+        _ = run.split
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ComparisonError(
             f"{folder}: results.json or per_task.csv is not what a run writes ({error!r}): run it again"
         ) from error
@@ -271,7 +277,7 @@ def _episodes(run: FinishedRun) -> dict[str, tuple[object, str]]:
 
 
 def _side(runs: Sequence[FinishedRun]) -> Side:
-    algos, batchnorms = (sorted({str(run.results[key]) for run in runs}) for key in ("algo", "batchnorm"))
+    algos, batchnorms = (sorted({printable(run.results[key]) for run in runs}) for key in ("algo", "batchnorm"))
     if len(algos) > 1:
         raise ComparisonError(
             f"{', '.join(str(run.folder) for run in runs)} are of different algorithms ({', '.join(algos)}): a side is "
@@ -316,7 +322,7 @@ def write_plot(comparison: Comparison, path: Path, named: int = 4) -> None:
             ax.scatter([x], [y], s=20, color=colour)
             rightwards = x < 0.3 if sign > 0 else x < 0.7  # away from the diagonal, unless the edge is near
             ax.annotate(
-                f"{comparison.tasks[i]} {differences[i]:+.2f}",
+                f"{no_math(comparison.tasks[i])} {differences[i]:+.2f}",
                 (x, sign * height),
                 xytext=(6 if rightwards else -6, 0),
                 textcoords="offset points",

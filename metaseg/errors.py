@@ -3,11 +3,18 @@
 And the one end of a run that is no error: it was told to stop, and can go on.
 """
 
+import re
+
 RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again"
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # by which a terminal is steered; not the end of a line
 
 
 class UserError(ValueError):
     """What the user can mend."""
+
+    def __str__(self) -> str:
+        """The message; of what it quotes out of files and names, control characters are shown as Python writes them."""
+        return printable(super().__str__())
 
 
 class ConfigError(UserError):
@@ -34,3 +41,8 @@ class Stopped(SystemExit):
 
     def __init__(self, leads: bool = True) -> None:
         super().__init__(RESUMABLE if leads else 0)
+
+
+def printable(text: str) -> str:
+    """The text, with control characters as Python writes them: a terminal would do what they say."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

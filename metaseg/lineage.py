@@ -1,6 +1,5 @@
 """Initialisations as W&B artifacts: which run made θ, and which runs tested it or went on from it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.console import Console
 from metaseg.config import initialisations
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import read_about
+from metaseg.trust import read_json
 
 
 def init_artifact(path: Path) -> wandb.Artifact:
@@ -66,6 +66,6 @@ def _wandb_runs(loggers: Sequence[Logger]) -> Iterator[Any]:
 
 def _ious(path: Path) -> dict[str, float]:
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none beside a file that was copied
-        results = json.loads(path.with_name("results.json").read_text(encoding="utf-8"))
+        results = read_json(path.with_name("results.json"))
         return {f"{split}_iou": results[split]["iou"]["mean"] for split in SPLITS if results[split]}
     return {}

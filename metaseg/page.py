@@ -4,7 +4,6 @@ import base64
 import csv
 import glob
 import html
-import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,13 +17,13 @@ from urllib.parse import quote
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from metaseg.compare import FinishedRun, compare, read_run
 from metaseg.errors import ComparisonError, DataError
 from metaseg.panels import file_name
 from metaseg.summary import UNREADABLE, Job, Row, draw, grouped, natural, no_math, read_job
 from metaseg.sweep import read_outcome
+from metaseg.trust import read_json, read_yaml
 
 WORST = 10  # tasks that are listed
 SHOWN = 4  # of these with pictures, at most
@@ -122,7 +121,7 @@ def searches(found: Found) -> Html:
         if file.name not in ("uho.json", "search.json") or not file.is_file():
             continue
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = read_json(file)
             best = max((t for t in record["history"] if not t.get("given_up")), key=lambda trial: trial["value"])
             values = {**best["params"], **({"steps": best["steps"]} if "steps" in best else {})}
             ious = (record["default_val_iou"], record["val_iou"], record["test"]["iou"]["mean"])
@@ -198,7 +197,9 @@ def table(head: Sequence[object], lines: Iterable[Sequence[object]]) -> Html:
 
 
 def picture(png: bytes, alt: str) -> Html:
-    """A picture inside the page."""
+    """A picture inside the page; nothing of what is no PNG, for a link in a run's folder may lead to any file."""
+    if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Html("")
     data = base64.b64encode(png).decode()
     return Html(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
@@ -235,7 +236,7 @@ def _why(folder: Path) -> str:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    found = read_json(folder / "results.json")
     return found if isinstance(found, dict) else {}
 
 
@@ -264,9 +265,10 @@ def _tells(key: str) -> bool:
 
 def _whole(path: str, folder: Path) -> str:
     """A path as the run in `folder` was given it, from the root."""
-    hydra = folder / ".hydra" / "hydra.yaml"
-    begun_in = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.cwd") if hydra.is_file() else None
-    return os.path.normpath(Path(begun_in or "", Path(path).expanduser()))
+    begun_in = ""
+    with suppress(FileNotFoundError, LookupError, TypeError):
+        begun_in = str(read_yaml(folder / ".hydra" / "hydra.yaml")["hydra"]["runtime"]["cwd"])
+    return os.path.normpath(Path(begun_in, Path(path).expanduser()))
 
 
 def _short(rows: Sequence[tuple[Row, list[Job]]]) -> list[tuple[Row, list[Job]]]:
@@ -350,8 +352,10 @@ def _file(path: Path, alt: str) -> Html:
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+    rows: list[dict[str, str]] = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+        rows.extend(csv.DictReader(file))  # up to what is no CSV
+    return rows
 
 
 def _points(rows: Iterable[dict[str, str]], metric: str) -> dict[int, float]:

@@ -20,20 +20,19 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t as student
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from metaseg.errors import DataError, UserError
+from metaseg.errors import DataError, UserError, printable
 from metaseg.sweep import read_outcome
+from metaseg.trust import read_yaml
 
 SEED = "seed"
 WORKER = "worker"
-UNREADABLE = (OSError, ValueError, YAMLError, HydraException, OmegaConfBaseException)  # of what Hydra has written
+UNREADABLE = (OSError, ValueError, RecursionError, HydraException, OmegaConfBaseException)  # of what Hydra has written
 
 
 class Job(NamedTuple):
@@ -226,7 +225,7 @@ def print_unfinished(jobs: Sequence[Job], folder: Path, console: Console) -> Non
     """Print what has not finished, and what may be of another sweep in the same folder."""
     for job in jobs:
         if job.headline is None:
-            why = (job.error or "killed, or still running").strip().splitlines()[-1]
+            why = printable((job.error or "killed, or still running").strip()).splitlines()[-1]
             console.print(f"{job.folder.name}: {why}", markup=False, soft_wrap=True)
     begun = folder / "multirun.yaml"  # Hydra writes it before any job
     times = {job.folder.name: _overrides(job.folder).stat().st_mtime for job in jobs if begun.is_file()}
@@ -243,7 +242,7 @@ def read_job(folder: Path) -> Job:
         DataError: if its overrides cannot be read.
     """
     try:
-        words = OmegaConf.to_container(OmegaConf.load(_overrides(folder)), resolve=False)  # ${…} is of the whole config
+        words = read_yaml(_overrides(folder))
         overrides = OverridesParser.create().parse_overrides([str(word) for word in words or ()])
     except UNREADABLE as error:
         raise DataError(
@@ -266,7 +265,8 @@ def _plain(value: object) -> str:
         return f"{{{','.join(f'{key}:{_plain(of)}' for key, of in value.items())}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return re.sub("://[^@]*@", "://", str(value)) or "''"  # nothing at all stands for what was not given
+    told = printable(re.sub("://[^@]*@", "://", str(value)))
+    return told or "''"  # nothing at all stands for what was not given
 
 
 def _row(values: dict[str, str], jobs: Sequence[Job]) -> Row:

@@ -25,6 +25,7 @@ from rich.console import Console
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
+from metaseg.trust import read_json
 
 OUTCOME = "outcome.json"
 
@@ -35,10 +36,13 @@ Outcome = dict[str, Any]
 def read_outcome(folder: Path) -> Outcome | None:
     """How the run in a folder ended; None if it has not, was killed, or the file is unreadable."""
     try:
-        found: Outcome = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-        return found if {"state", "headline", "config_sha256", "error"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
+        found: Outcome = read_json(folder / OUTCOME)
+        headline, error = found["headline"], found["error"]
+        _ = found["state"], found["config_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    sound = isinstance(headline, float | int | None) and isinstance(error, str | None)
+    return found if sound else None
 
 
 Run = Callable[[DictConfig, Path], float]

@@ -11,11 +11,14 @@ import re
 import sys
 import tarfile
 import zipfile
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import pytorch_lightning as pl
@@ -25,6 +28,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from safetensors.torch import save_file
+from scipy.io import savemat
+from test_compare import write_run
 from test_practice import ABOUT, MODEL, UPDATE
 from torch import Tensor, nn
 from trees import write_data
@@ -32,18 +37,26 @@ from trees import write_data
 import metaseg
 from metaseg import export, ship
 from metaseg.adapt import __main__ as adapt_command
+from metaseg.adapt.output import Output
 from metaseg.app import __main__ as app_command
+from metaseg.card import write_card
 from metaseg.checkpoints import CheckpointFiles
+from metaseg.compare import compare, print_table, read_run, write_plot
 from metaseg.config import config_dir, expand_update, make_update
-from metaseg.errors import ConfigError, UserError, WeightsError
+from metaseg.dashboard import write_page
+from metaseg.data import pascal
+from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import check_resumable, read_about, read_network, save_initialisation
 from metaseg.job import build, fingerprint
 from metaseg.models import EfficientLab
 from metaseg.models.weights import read_weights
+from metaseg.page import find
 from metaseg.run import main as run_command
 from metaseg.run import run
 from metaseg.search import search
 from metaseg.study import open_storage, open_study
+from metaseg.summary import read_job, summarise
+from metaseg.sweep import read_outcome
 from metaseg.trust import OPTIMIZERS, PARTS
 
 Update = dict[str, Any]
@@ -711,3 +724,200 @@ def test_options_of_omega_that_cannot_be_used_are_found_at_once(spoilt: dict[str
     """And not in the first inner step."""
     with pytest.raises(ConfigError, match="update"):
         make_update(OmegaConf.create({**UPDATE, **spoilt}))
+
+
+# What other people's runs would have a page, a terminal or a card do
+
+MARKUP = """'"></td></p><script>alert(1)</script><img src=x onerror=alert(1)><a href="javascript:alert(1)">{b}$x$"""
+TAGS = {"html", "head", "meta", "title", "style", "h1", "h2", "p", "section", "main", "div", "figure", "figcaption"}
+TAGS |= {"table", "tr", "th", "td", "img", "a"}
+
+
+class Page(HTMLParser):
+    """Takes note of what a page has that could do something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.odd: list[object] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        harmless = ("charset", "name", "content", "lang", "alt", "loading")
+        for name, value in attrs:
+            leads_away = ":" in (value or "").removeprefix("data:image/png;base64,")
+            if name not in harmless and (name not in ("src", "href") or leads_away):
+                self.odd.append((name, value))
+        if tag not in TAGS:
+            self.odd.append(tag)
+
+
+def other_people_s_run(folder: Path, **more: Any) -> Path:
+    """All texts in it are markup."""
+    write_run(folder, {MARKUP: 0.5, f"{MARKUP}2": 0.25}, algo=MARKUP, batchnorm=MARKUP, dataset=MARKUP)
+    results = json.loads((folder / "results.json").read_text())
+    texts = dict.fromkeys(("mode", "seed", "meta_steps", "config_sha256", "git_commit", "splits_sha256"), MARKUP)
+    course = [{"step": 0, "iou": 0.1, "loss": 0.2}]
+    test = {"tasks": MARKUP, "iou": {"mean": 0.5, "ci95": [0.4, 0.6]}, "course": course}
+    (folder / "results.json").write_text(json.dumps({**results, **texts, "test": test, **more}))
+    (folder / ".hydra").mkdir()
+    overrides = [f"algo={json.dumps(MARKUP)}", "ckpt_path=theta.ckpt"]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    (folder / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {cwd: '${oc.env:SECRET}'}}")
+    return folder
+
+
+def test_a_page_of_other_people_s_runs_holds_no_markup_of_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a script in a link, an environment variable, or what a link in a run's folder leads to."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "secret").write_text("hunter2")
+    other_people_s_run(tmp_path / "runs" / "javascript:alert(1)")
+    uho = other_people_s_run(tmp_path / "runs" / MARKUP.replace("/", "∕"), mode="uho")
+    trials = [{"value": 1, "params": {MARKUP: MARKUP}}]
+    record = {"trials": MARKUP, "history": trials, "default_val_iou": 0, "val_iou": 0, "test": {"iou": {"mean": 0}}}
+    (uho / "uho.json").write_text(json.dumps(record))
+    (uho / "uho.png").symlink_to(tmp_path / "secret")
+    failed = tmp_path / "runs" / "failed"
+    (failed / ".hydra").mkdir(parents=True)
+    (failed / ".hydra" / "overrides.yaml").write_text("[]")
+    outcome = {"state": "failed", "headline": None, "config_sha256": "", "error": f"{MARKUP}\n{MARKUP}"}
+    (failed / "outcome.json").write_text(json.dumps(outcome))
+    write_page([tmp_path / "runs"], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert Page(text).odd == []
+    assert text.count("&lt;script&gt;") > 10  # it is told, as text
+    assert "hunter2" not in text
+    assert b64encode(b"hunter2").decode() not in text
+
+
+def test_the_page_s_check_finds_what_it_is_for() -> None:
+    for odd in (MARKUP, "<p onclick=alert(1)>", "<a href='javascript:alert(1)'>", "<img src='https://x'>", "<svg>"):
+        assert Page(odd).odd
+
+
+def test_a_contact_sheet_holds_no_markup_of_its_names(tmp_path: Path) -> None:
+    names = [f"{MARKUP.replace('/', '∕')}.jpg", "javascript:alert(1).png"]
+    out = Output(tmp_path, names, adapts=False, soft=False)
+    out.write_index(MARKUP, [MARKUP], names)
+    text = (tmp_path / "index.html").read_text()
+    assert Page(text).odd == []
+    assert "&lt;script&gt;" in text
+
+
+def test_a_plot_reads_no_formula_in_a_task_s_name(tmp_path: Path) -> None:
+    """Matplotlib would refuse this one, and draw others."""
+    a = write_run(tmp_path / "a", {"$\\evil{$": 0.5, "b": 0.5})
+    b = write_run(tmp_path / "b", {"$\\evil{$": 0.7, "b": 0.1})
+    write_plot(compare([a], [b]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("key", ["algo", "batchnorm", "dataset", "splits_sha256", "shots", "episodes"])
+@pytest.mark.parametrize("value", [[1], 1e999, "5"], ids=str)
+def test_results_of_other_kinds_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    if key not in ("shots", "episodes") and value == "5":
+        value = {"a": 1}
+    run = write_run(tmp_path / "run", {"ant": 0.5}, **{key: value})
+    with pytest.raises(ComparisonError, match=rf"is not what a run writes .*{key}.*: run it again"):
+        read_run(run)
+
+
+UNREADABLE = {
+    "deep": 400 * "[",
+    "code": "!!python/object/apply:os.mkdir [TRACE]",
+    "a number": "3",
+    "no text": '"\0',
+    "aliases": "a: &a 1\nb: *a",
+}
+
+
+@pytest.mark.parametrize("name", ["results.json", "outcome.json", ".hydra/overrides.yaml", "per_task.csv"])
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_run_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: Path, trace: Path, name: str, how: str) -> None:
+    for folder in ("sound", "evil"):
+        other_people_s_run(tmp_path / "runs" / folder)
+    deeper = 250 if name.endswith(".json") else 1  # Python's reader of JSON goes down further
+    (tmp_path / "runs" / "evil" / name).write_text(deeper * UNREADABLE[how].replace("TRACE", str(trace)))
+    found = find([tmp_path / "runs"])
+    assert len(found.runs) + len(found.broken) == 2
+    assert tmp_path / "runs" / "sound" not in found.broken
+    assert (tmp_path / "runs" / "evil" in found.broken) == (name != "outcome.json")
+    assert read_outcome(tmp_path / "runs" / "evil") is None
+    if name.endswith(".yaml"):
+        with pytest.raises(DataError, match=r"overrides.yaml is not what Hydra writes: run it again, or remove it"):
+            read_job(tmp_path / "runs" / "evil")
+    else:
+        summarise(tmp_path / "runs")
+    assert not trace.exists()
+
+
+def test_an_outcome_of_other_kinds_is_none(tmp_path: Path) -> None:
+    sound = {"state": "finished", "headline": 0.5, "config_sha256": "", "error": None}
+    for spoilt in ({"headline": "0.5"}, {"headline": [1]}, {"error": 3}, {"error": ["a"]}):
+        (tmp_path / "outcome.json").write_text(json.dumps(sound))
+        assert read_outcome(tmp_path) == sound
+        (tmp_path / "outcome.json").write_text(json.dumps(sound | spoilt))
+        assert read_outcome(tmp_path) is None
+
+
+def test_no_message_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By names out of files, and of files."""
+    title = "\x1b]0;owned\x07\x9b2J"
+    shown = r"\x1b]0;owned\x07\x9b2J"
+    assert str(DataError(f"{title}\nof two lines")) == f"{shown}\nof two lines"
+    path = tmp_path / f"{title}.safetensors"
+    save_initialisation(TINY, replace(ABOUT, model={**MODEL, "_target_": "os.system"}), path)
+    with pytest.raises(SystemExit) as end:
+        export.main([str(path), str(tmp_path / "model.onnx")])
+    assert f"{shown}.safetensors asks for os.system" in str(end.value.code)
+    a = write_run(tmp_path / "a", {"ant": 0.5}, algo=title)
+    print_table(compare([a], [a]))
+    (a / ".hydra").mkdir()
+    (a / ".hydra" / "overrides.yaml").write_text(json.dumps([f"algo='{title}'"]))
+    summarise(tmp_path)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
+    """A hub shows it as a page: no tag or link begins in it, and no code ends early."""
+    evil = "<script>alert(1)</script> [x](javascript:alert(1)) `` ``` | x"
+    model = {**MODEL, "backbone": evil, "weights": evil, "drop_path": evil}
+    update = {**UPDATE, "adapts": f"{'a ' * 60}```\u2028```{evil}"}
+    about = replace(ABOUT, algo=evil, dataset=evil, splits_sha256=evil, model=model, update=update)
+    save_initialisation(TINY, about, tmp_path / "init.safetensors")
+    part = {
+        "tasks": 2,
+        "iou": {"mean": 0.5, "ci95": [0.4, 0.6]},
+        "iou_before_adaptation": 0,
+        "miou_class": 0,
+        "fb_iou": 0,
+    }
+    drawn = {"queries": 5, "draws": 1, "image_size": 64}
+    known = {key: getattr(about, key) for key in ("algo", "seed", "meta_steps", "update")}
+    texts = dict.fromkeys(("dataset", "batchnorm", "git_commit"), evil)
+    results = {**known, **texts, "shots": 5, "episodes": drawn, "train": None, "val": None, "test": part}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = write_card(tmp_path / "init.safetensors").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert OmegaConf.create(front).tags[2] == evil
+    assert "| test | 2 | 50.0 |" in body
+    prose = re.sub(r"^```yaml\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)  # code
+    assert re.findall(r"(?<!\\)[<>`]|(?<!\\)\[[^\]]*\]\(", prose) == []
+    (tmp_path / "results.json").write_text(json.dumps({**results, "test": {**part, "tasks": evil}}))
+    assert "None: no results.json of it lies beside it." in write_card(tmp_path / "init.safetensors").read_text()
+
+
+# Masks
+
+
+def test_a_matlab_file_does_not_become_larger_than_masks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros become a thousandth. The bound is the test's."""
+    monkeypatch.setattr(pascal, "MOST_INFLATED", 2**20)
+    for side in (1000, 1050):
+        labels = np.zeros((side, side), np.uint8)
+        savemat(tmp_path / f"{side}.mat", {"GTcls": {"Segmentation": labels}}, do_compression=True)
+    assert pascal.read_labels(tmp_path / "1000.mat").shape == (1000, 1000)
+    with pytest.raises(ValueError, match="it would become more than 1 MiB"):
+        pascal.read_labels(tmp_path / "1050.mat")

@@ -7,6 +7,8 @@ part: here a split is a set of classes, and every image that has a mask serves.
 """
 
 import os
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ PASCAL_CLASSES = (  # class c of a mask is PASCAL_CLASSES[c - 1]; 0 is the backg
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+MATLAB_HEADER, MATLAB_COMPRESSED = 128, 15  # bytes of a file's, and what marks a compressed part
+MOST_INFLATED = 2**26  # bytes that one may become
 VOID = 255  # VOC's outlines and doubtful spots; SBD has none
 
 VOC_CURE = (
@@ -193,12 +197,29 @@ def read_labels(path: Path) -> UInt8:
                 raise ValueError(f"an image of mode {file.mode} instead of a palette of class numbers")
             return np.asarray(file)
     try:
+        _check_inflated(path)
         labels = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"].flat[0]
     except Exception as error:  # over a damaged file, SciPy raises a dozen kinds, its own and Python's
         raise ValueError(f"no GTcls.Segmentation can be read ({type(error).__name__}: {error})") from error
     if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8 or labels.ndim != 2:
         raise ValueError("GTcls.Segmentation is no matrix of uint8")
     return labels
+
+
+def _check_inflated(path: Path) -> None:
+    """Refuse a MATLAB file (version 5) that becomes more than masks and outlines have: SciPy would inflate a bomb."""
+    content = path.read_bytes()
+    order = "<" if content[126:128] == b"IM" else ">"
+    at = MATLAB_HEADER
+    while at + 8 <= len(content):
+        kind, length = struct.unpack(f"{order}II", content[at : at + 8])
+        at += 8
+        if kind == MATLAB_COMPRESSED:
+            inflating = zlib.decompressobj()
+            inflating.decompress(content[at : at + length], MOST_INFLATED)
+            if inflating.unconsumed_tail:
+                raise ValueError(f"it would become more than {MOST_INFLATED >> 20} MiB")
+        at += length
 
 
 def _named(which: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> frozenset[str]:
