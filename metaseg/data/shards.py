@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from metaseg.data.faults import UNREADABLE
 from metaseg.data.source import SPLITS, Split, TaskSource, UInt8
 from metaseg.errors import DataError
 
@@ -360,7 +359,7 @@ def _decoded(content: bytes, mode: str, size: int, where: str) -> UInt8:
             return np.asarray(file).astype(np.uint8)
     except DataError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # over damaged files Pillow raises all kinds
         raise DataError(f"{where}: no PNG file ({error}): {CURE}") from error
 
 
