@@ -37,6 +37,7 @@ class Breakage:
         cure: a piece of it.
         lost: what is not used any more: `class/stem`, or whole classes.
         other: images that are used, and have other pixels.
+        lines: of the report, a kind of fault each.
         quiet: it is in the report, but no reason for a warning.
         usable: a data set is left.
         needs: permissions, which mean nothing to root; or bytes, a disk that tells names apart by all of theirs.
@@ -49,6 +50,7 @@ class Breakage:
     cure: str = ""
     lost: Sequence[str] = ()
     other: Sequence[str] = ()
+    lines: int = 1
     quiet: bool = False
     usable: bool = True
     needs: str = ""
@@ -303,12 +305,12 @@ BREAKAGES = [
     FORMAT("WebP", renamed("ant/2.jpg", "ant/2.webp"), place="ant/2.webp"),
     FORMAT("TIFF in capitals", renamed("ant/2.jpg", "ant/2.TIF"), place="ant/2.TIF"),
     FORMAT("mask as BMP", renamed("ant/2.png", "ant/2.bmp"), place="ant/2.bmp"),
-    FORMAT("images as PNG", images_are_png, place="ant/2.png"),
+    FORMAT("images as PNG", images_are_png, place="ant/2.png", lines=2),
     NO_IMAGE("no image", removed("ant/2.jpg")),
-    NO_IMAGE("image with a text's suffix", renamed("ant/2.jpg", "ant/2.txt")),
-    NO_IMAGE("image that is a folder", is_folder),
-    NO_IMAGE("image that is a pipe", is_pipe),
-    NO_IMAGE("image that is a socket", bind_socket),
+    NO_IMAGE("image with a text's suffix", renamed("ant/2.jpg", "ant/2.txt"), lines=2),
+    NO_IMAGE("image that is a folder", is_folder, lines=2),
+    NO_IMAGE("image that is a pipe", is_pipe, lines=2),
+    NO_IMAGE("image that is a socket", bind_socket, lines=2),
     Breakage("no mask", removed("ant/2.png"), "image without a mask", "ant/2.jpg", "add the mask", ANT),
     Breakage("swapped", swapped, "mask that is a photograph", "ant/2.png", "swap it with its image", ANT),
     Breakage(
@@ -386,6 +388,7 @@ BREAKAGES = [
     Breakage(
         *("class that may not be entered", rights("ant", 0o400), "file that may not be read", "ant/1.jpg", "chmod"),
         lost=["ant"],
+        lines=2,
         needs="rights",
     ),
     # costs nothing
@@ -425,11 +428,13 @@ BREAKAGES = [
         *("name that is no UTF-8", renamed("ant/2.png", b"ant/\xff.png"), "mask without an image", r"ant/\udcff.png"),
         cure="add the image",
         lost=ANT,
+        lines=2,
         needs="bytes",
     ),
     Breakage(
         *("name that a terminal obeys", renamed("ant/2.png", "ant/\x1b[2J\n.png"), "mask without an image"),
         *(r"ant/\x1b[2J\n.png", "add the image", ANT),
+        lines=2,
     ),
 ]
 

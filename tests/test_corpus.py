@@ -135,9 +135,10 @@ def as_needed(breakage: Breakage) -> AbstractContextManager[None]:
 
 def assert_told(breakage: Breakage, report: str) -> None:
     if not breakage.kind:
-        assert "×" not in report
+        assert " × " not in report
         return
-    lines = report.splitlines() if breakage.usable else [report]
+    lines = [line for line in report.splitlines() if " × " in line] if breakage.usable else [report]
+    assert len(lines) == breakage.lines
     assert any(all(part in line for part in (breakage.kind, breakage.place, breakage.cure)) for line in lines)
 
 

@@ -87,6 +87,13 @@ def test_one_object_is_one_class_however_soft_or_noisy(side: int) -> None:
     assert not wrong
 
 
+def test_a_soft_mask_with_wide_edges_is_one_class() -> None:
+    """Wide enough for its darkest levels to fill areas of their own."""
+    for large in shapes(112):
+        for radius in (16, 32):
+            assert len(class_colours(np.asarray(large.filter(ImageFilter.GaussianBlur(radius))))) <= 1
+
+
 COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [255, 255, 255]], np.uint8)
 
 
@@ -124,7 +131,7 @@ def test_several_classes_are_found_behind_soft_edges_and_jpeg(classes: int) -> N
 
 def test_specks_and_outlines_are_no_classes() -> None:
     mask = discs(224, 1, share=0.2) * np.uint8(255)
-    mask[5:7, 5:9] = 128  # a slip of the brush
+    mask[5:10, 5:12] = 128  # a slip of the brush
     edge = np.asarray(Image.fromarray(mask).filter(ImageFilter.FIND_EDGES)) > 0
     mask[edge] = 100
     assert class_colours(mask) == [(255, 255, 255)]

@@ -14,7 +14,7 @@ from metaseg.data.source import UInt8
 
 NEAR = 32  # levels of 255 that noise stays below
 FEW = 16  # colours of a mask that was drawn without soft edges; they, and JPEG, bring more
-LEAST_OF_FEW, LEAST_OF_MANY = 0.001, 0.01  # of the image's pixels that a class fills
+LEAST_SHARE = 0.001  # of the image's pixels that a class fills
 
 Colour = tuple[int, int, int]
 
@@ -72,9 +72,8 @@ def class_colours(levels: UInt8) -> list[Colour]:
     """The colours that stand for a class each, besides the darkest, the background's; of a binary mask at most one.
 
     A colour stands for a class if it fills areas: at least half of its pixels, and 0.1 % of all, have the same colour
-    all around. In a mask of more than 16 colours these are 1 % of all, and what is within 32 levels of another class is
-    no other. With fewer colours that holds for bright ones only: {0, 254, 255} is one class, but {0, 1, 2} and
-    {0, 1, 255} are two.
+    all around. What is within 32 levels of another class is no other one; in a mask of up to 16 colours that holds for
+    bright ones only, so that {0, 254, 255} is one class, but {0, 1, 2} and {0, 1, 255} are two.
 
     Args:
         levels: grey (height, width), or RGB (height, width, 3).
@@ -86,7 +85,7 @@ def class_colours(levels: UInt8) -> list[Colour]:
     pixels = np.bincount(numbers.ravel(), minlength=len(colours))
     surrounded = np.bincount(numbers[_is_surrounded(levels)], minlength=len(colours))
     few = bool(np.count_nonzero(pixels) <= FEW)
-    fills = surrounded >= np.maximum(pixels / 2, numbers.size * (LEAST_OF_FEW if few else LEAST_OF_MANY))
+    fills = surrounded >= np.maximum(pixels / 2, numbers.size * LEAST_SHARE)
     found: list[Colour] = []
     for red, green, blue in sorted(colours[fills].tolist(), key=max):
         if not any(_are_one((red, green, blue), other, few) for other in found):
