@@ -27,6 +27,7 @@ from metaseg.update import Update
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
 SEARCHES = ("uho", "search")  # modes of which several workers may share a study
 DDP = "pytorch_lightning.strategies.DDPStrategy"
+_LARGEST = torch.finfo(torch.float32).max
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
@@ -311,10 +312,16 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     yield from _curves_rules(config)
     yield _whole("checkpoint_every", config.checkpoint_every, 1, "meta-steps")
     yield _whole("workers", config.workers, 0)
+    yield (
+        not (_is_number(config.max_dropped) and 0 <= config.max_dropped <= 1),
+        f"max_dropped={config.max_dropped}: give a share of the episodes, from 0 to 1",
+    )
     if learns:
         yield _whole("trainer.max_steps", config.trainer.max_steps, 1, "meta-steps, or algo=finetune for none")
         lr = config.algo.outer.lr
         yield not _is_number(lr) or lr <= 0, f"algo.outer.lr={lr}: give a number above 0"
+        final = config.algo.final_lr
+        yield not _is_number(final) or final < 0, f"algo.final_lr={final}: give 0 or more"
         yield _whole("algo.meta_batch", config.algo.meta_batch, 1)
     engine = config.engine
     yield _whole("evaluate.processes", evaluation.processes, 1, null="for one a thread")
@@ -415,20 +422,24 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
 
 def _whole(name: str, value: Any, least: int, of: str = "", null: str = "") -> tuple[bool, str]:
     """The rule that `value` is a whole number from `least` on, or null if `null` says what that is for."""
-    is_whole = _is_number(value) and isinstance(value, int)
+    is_whole = _is_whole(value)
     holds = (is_whole and value >= least) or (value is None and null != "")
     cure = ("" if is_whole else "a whole number, ") + f"{least} or more" + (f" {of}" if of else "")
     return not holds, f"{name}={value}: give {cure}" + (f", or null {null}" if null else "")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number; YAML's true is none, though it is a Python int."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that float32 holds, so not NaN or infinite; YAML's true is none, though a Python int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
 
 
 def _ascending(numbers: Any) -> bool:
     """Whether it is a list of whole numbers from 1 on, each larger than the one before."""
-    whole = OmegaConf.is_list(numbers) and len(numbers) > 0 and all(isinstance(n, int) and n >= 1 for n in numbers)
+    whole = OmegaConf.is_list(numbers) and len(numbers) > 0 and all(_is_whole(n) and n >= 1 for n in numbers)
     return whole and list(numbers) == sorted(set(numbers))
 
 

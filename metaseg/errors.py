@@ -26,6 +26,10 @@ class ComparisonError(UserError):
     """Runs that cannot be compared with each other."""
 
 
+class DivergedError(UserError):
+    """Adaptations, or θ, whose numbers are not finite any more; the message names the task, the step and its rate."""
+
+
 class Stopped(SystemExit):
     """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
 

@@ -294,6 +294,14 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["update.stopping=true"], "update.stopping=True: give null, or a rule with its _target_"),
         (["update.stopping={share: 0.2}"], "update.stopping={'share': 0.2}: give null, or a rule with its _target_"),
         (["algo.inner.steps=2.5"], "algo.inner.steps=2.5: give 1 or more, a whole number"),
+        (["update.lr=.inf"], "update.lr=inf: give a number"),
+        (["update.weight_decay=.nan"], "update.weight_decay=nan: give a number"),
+        (["algo.outer.lr=.nan"], "algo.outer.lr=nan: give a number above 0"),
+        (["algo.outer.lr=1e39"], "algo.outer.lr=1e\\+39: give a number above 0"),
+        (["algo.final_lr=-1"], "algo.final_lr=-1: give 0 or more"),
+        (["max_dropped=1.5"], "max_dropped=1.5: give a share of the episodes, from 0 to 1"),
+        (["max_dropped=null"], "max_dropped=None: give a share of the episodes"),
+        (["uho.steps=[true]"], "uho.steps=\\[True\\]: give ascending steps from 1"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:
