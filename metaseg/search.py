@@ -28,7 +28,7 @@ from metaseg.fit import fit, headline, test
 from metaseg.initialisation import load_initialisation, save_initialisation
 from metaseg.job import Job, build, evaluation_episodes, fingerprint
 from metaseg.panels import log_picture
-from metaseg.report import make_loggers, write_results
+from metaseg.report import write_results
 from metaseg.seeding import derive_seed
 from metaseg.space import ALONE, training_distributions, with_values
 from metaseg.study import (
@@ -49,6 +49,7 @@ from metaseg.study import (
     value_of,
     work,
 )
+from metaseg.tracking import make_loggers
 
 LEFT = ("search.json", "best.txt", "search.png", "per_task.csv", "init.safetensors")  # by the worker that tests
 
