@@ -322,8 +322,14 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def drawn(page: ModuleType, session: Session, name: str, painted: UInt8 | None = None) -> dict[str, Any]:
     """The editor's value as the browser sends it, with a mask (h, w) of the image's view or the one that it has."""
     mask = session.open(name) if painted is None else painted
-    layer = page._squared(np.stack([mask * 255] * 4, axis=-1), 0)
-    return {"background": page._squared(session.pictures[name].view, 255), "layers": [layer], "composite": None}
+    pictures = {
+        "background": page._squared(session.pictures[name].view, 255),
+        "layer": page._squared(np.stack([mask * 255] * 4, axis=-1), 0),
+    }
+    paths = {key: session.folder / f"{key} of {name}" for key in pictures}
+    for key, picture in pictures.items():
+        Image.fromarray(picture).save(paths[key])
+    return {"background": {"path": str(paths["background"])}, "layers": [{"path": str(paths["layer"])}]}
 
 
 def test_what_is_painted_on_one_image_is_never_anothers_label(
@@ -360,6 +366,22 @@ def test_every_event_that_sets_the_editor_says_of_which_image(
     for blocks_of in [event.inputs for event in events] + [event.outputs for event in events]:
         assert (editor in blocks_of) == (opened in blocks_of)
     assert sum(editor in event.outputs for event in events) == 3
+
+
+def test_no_picture_is_decoded_that_the_editor_would_not_send(
+    page: ModuleType, init: Initialisation, session: Session, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.add(files)
+    value = drawn(page, session, "a.png", box(*session.layer("a.png").shape))
+    large, other = session.folder / "large.png", session.folder / "other.png"
+    Image.new("L", (4 * VIEW + 1, 1)).save(large)
+    Image.new("RGB", (8, 8)).save(other, "TIFF")
+    bomb = png_of_size(session.folder / "bomb.png", 60_000, 60_000)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("a picture is decoded"))
+    for path in (large, other, bomb):
+        assert not page._keep(session, "a.png", {**value, "background": {"path": str(path)}})
+    events = page.build(init, session.folder).fns.values()
+    assert not any(event.preprocess for event in events if event.fn)  # nor does Gradio decode any before
 
 
 def test_an_erased_mask_cannot_be_used(
