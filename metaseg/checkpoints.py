@@ -1,6 +1,5 @@
 """Which checkpoints a run keeps, `best.ckpt` on validation tasks and `last.ckpt` to resume from; how it is stopped."""
 
-import os
 import signal
 import sys
 import threading
@@ -14,22 +13,22 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from metaseg.atomic import written_whole
 from metaseg.errors import Stopped
 
 LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints come into being whole: a process may be killed while it writes one.
+    """Checkpoints come into being whole.
 
     Lightning's own way goes through the folder for temporary files, and copies if that is on another disk.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write beside `path`, then move there."""
-        partial = Path(f"{path}.{os.getpid()}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        partial.replace(path)
+        with written_whole(Path(path)) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -26,6 +26,14 @@ class ComparisonError(UserError):
     """Runs that cannot be compared with each other."""
 
 
+class DivergedError(UserError):
+    """Adaptations, or θ, whose numbers are not finite any more; the message names the task, the step and its rate."""
+
+
+class MachineError(UserError):
+    """What the machine took away: a process that it killed, room on its disk; the message says how to go on."""
+
+
 class Stopped(SystemExit):
     """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
 
