@@ -308,7 +308,7 @@ def check() -> None:
         rates.log[i] += delta
         job.algo.meta_gradient(job.net, episode, adapt)
         rates.log[i] -= delta
-        return float(adapt.last_loss)
+        return float(adapt.losses[-1])
 
     for i in (0, 50, 100, len(analytic) - 20, len(analytic) - 2, int(analytic.abs().argmax())):
         numeric = (tail_loss(i, 1e-4) - tail_loss(i, -1e-4)) / 2e-4

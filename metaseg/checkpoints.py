@@ -1,7 +1,6 @@
 """Which checkpoints a run keeps, `best.ckpt` on validation tasks and `last.ckpt` to resume from; how it is stopped."""
 
 import copy
-import os
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from metaseg.atomic import written_whole
 from metaseg.errors import Stopped
 from metaseg.models.weights import read_torch
 
@@ -30,9 +30,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write beside `path`, then move there."""
-        partial = Path(f"{path}.{os.getpid()}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        partial.replace(path)
+        with written_whole(Path(path)) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """As `read_torch` does; the tensors are on the CPU, in memory of their own, whatever is asked for."""

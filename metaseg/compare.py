@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metaseg.errors import ComparisonError, printable
-from metaseg.metrics import Floats, bootstrap_ci95
+from metaseg.metrics import Floats, bootstrap_ci95, for_json
 from metaseg.summary import no_math
 from metaseg.trust import read_json
 
@@ -113,9 +113,9 @@ class Paired:
     def numbers(self) -> dict[str, object]:
         """The summaries for JSON; null where a loss was not finite."""
         return {
-            "a": _number(float(np.mean(self.a))),
-            "b": _number(float(np.mean(self.b))),
-            "difference": {"mean": _number(self.mean), "ci95": [_number(bound) for bound in self.ci95]},
+            "a": for_json(float(np.mean(self.a))),
+            "b": for_json(float(np.mean(self.b))),
+            "difference": {"mean": for_json(self.mean), "ci95": [for_json(bound) for bound in self.ci95]},
             "better": self.better,
         }
 
@@ -160,8 +160,8 @@ class Comparison:
             "per_task": [
                 {
                     "task": task,
-                    "iou": {"a": _number(iou_a), "b": _number(iou_b)},
-                    "loss": {"a": _number(loss_a), "b": _number(loss_b)},
+                    "iou": {"a": for_json(iou_a), "b": for_json(iou_b)},
+                    "loss": {"a": for_json(loss_a), "b": for_json(loss_b)},
                 }
                 for task, iou_a, iou_b, loss_a, loss_b in values
             ],
@@ -374,11 +374,6 @@ def _short(side: Side) -> str:
     """Algorithm and first folder: two runs of one algorithm may differ in ω alone."""
     first, *others = side.folders
     return f"{side.algo}, {first.resolve().name}" + (f" and {len(others)} more" if others else "")
-
-
-def _number(value: float) -> float | None:
-    """The number, or None for one that JSON does not have."""
-    return float(value) if math.isfinite(value) else None  # float: NumPy's are not JSON
 
 
 def _folders(word: str) -> list[Path]:

@@ -26,8 +26,12 @@ from metaseg.trust import OWN_UPDATE, check_trusted, is_plain, read_yaml
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
+_LEARNING_NODES = ("algo.method", "algo.outer", "algo.inner")
 SEARCHES = ("uho", "search")  # modes of which several workers may share a study
 DDP = "pytorch_lightning.strategies.DDPStrategy"
+_NODES = ("algo", "dataset", "model", "update", "trainer", "engine", "evaluate", "uho", "search", "curves")
+_LEARNING_NODES = ("algo.method", "algo.outer", "algo.inner")
+_LARGEST = torch.finfo(torch.float32).max
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
@@ -185,7 +189,7 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
         raise ConfigError(f"{name}.{wrong[0]}={numbers[wrong[0]]}: give a number")
     try:
         update = instantiate(config, _convert_="all")
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:  # a TypeError of such as _partial_=5
         if isinstance(error.__cause__, ConfigError):
             raise ConfigError(str(error.__cause__).replace("update.", f"{name}.", 1)) from error
         raise ConfigError(f"{name} cannot be made of these values: {error.__cause__ or error}") from error
@@ -253,6 +257,9 @@ def check(config: DictConfig) -> None:
     Raises:
         ConfigError: on the first one, with its cure.
     """
+    _check_nodes(config, _NODES)
+    if config.algo.get("method") is not None:
+        _check_nodes(config, _LEARNING_NODES)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=…")
@@ -265,6 +272,17 @@ def check(config: DictConfig) -> None:
     if config.engine["_target_"] == "metaseg.engine.auto":
         for update in updates:
             check_optimizer(update)
+
+
+def _check_nodes(config: DictConfig, nodes: Sequence[str]) -> None:
+    for node in nodes:
+        value = OmegaConf.select(config, node)
+        if not OmegaConf.is_dict(value):
+            group = node.partition(".")[0]
+            raise ConfigError(
+                f"{node}={value}: it holds values of its own; change them one by one, as {node}.NAME=VALUE, or choose "
+                f"a preset, {group}=NAME"
+            )
 
 
 def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
@@ -319,12 +337,20 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     yield from _uho_rules(config)
     yield from _search_rules(config)
     yield from _curves_rules(config)
+    for name in ("seed", "evaluate.seed"):
+        yield _whole(name, OmegaConf.select(config, name), 0)
     yield _whole("checkpoint_every", config.checkpoint_every, 1, "meta-steps")
     yield _whole("workers", config.workers, 0)
+    yield (
+        not (_is_number(config.max_dropped) and 0 <= config.max_dropped <= 1),
+        f"max_dropped={config.max_dropped}: give a share of the episodes, from 0 to 1",
+    )
     if learns:
         yield _whole("trainer.max_steps", config.trainer.max_steps, 1, "meta-steps, or algo=finetune for none")
         lr = config.algo.outer.lr
         yield not _is_number(lr) or lr <= 0, f"algo.outer.lr={lr}: give a number above 0"
+        final = config.algo.final_lr
+        yield not _is_number(final) or final < 0, f"algo.final_lr={final}: give 0 or more"
         yield _whole("algo.meta_batch", config.algo.meta_batch, 1)
     engine = config.engine
     yield _whole("evaluate.processes", evaluation.processes, 1, null="for one a thread")
@@ -397,24 +423,25 @@ def _search_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
 
 def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     curves, draws_them = config.curves, config.mode == "curves"
+    inits = curves.inits if OmegaConf.is_dict(curves.inits) else {}
     for name in ("k", "steps"):
         yield not _ascending(curves[name]), f"curves.{name}={curves[name]}: give ascending numbers from 1, as [1,5,10]"
     for name in ("queries", "draws"):
         yield _whole(f"curves.{name}", curves[name], 1)
     yield _whole("curves.tasks", curves.tasks, 1, null="for all tasks")
     yield (
-        draws_them and not (OmegaConf.is_dict(curves.inits) and curves.inits),
+        draws_them and not inits,
         "mode=curves compares initialisations: name them, as "
         "'curves.inits={reptile:RUN/init.safetensors,imagenet:imagenet}'",
     )
-    for name, path in curves.inits.items() if draws_them else ():
+    for name, path in inits.items() if draws_them else ():
         yield (
             path not in ("imagenet", "random") and not Path(str(path)).is_file(),
             f"curves.inits.{name}={path}: there is no such file; give an init.safetensors, imagenet or random",
         )
     yield (
-        draws_them and curves.baseline is not None and curves.baseline not in curves.inits,
-        f"curves.baseline={curves.baseline} is none of curves.inits: {', '.join(map(str, curves.inits or ()))}",
+        draws_them and curves.baseline is not None and curves.baseline not in inits,
+        f"curves.baseline={curves.baseline} is none of curves.inits: {', '.join(map(str, inits))}",
     )
     yield (
         draws_them and (config.ckpt_path is not None or config.evaluate.lrs is not None),
@@ -425,20 +452,24 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
 
 def _whole(name: str, value: Any, least: int, of: str = "", null: str = "") -> tuple[bool, str]:
     """The rule that `value` is a whole number from `least` on, or null if `null` says what that is for."""
-    is_whole = _is_number(value) and isinstance(value, int)
+    is_whole = _is_whole(value)
     holds = (is_whole and value >= least) or (value is None and null != "")
     cure = ("" if is_whole else "a whole number, ") + f"{least} or more" + (f" {of}" if of else "")
     return not holds, f"{name}={value}: give {cure}" + (f", or null {null}" if null else "")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number; YAML's true is none, though it is a Python int."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that float32 holds, so not NaN or infinite; YAML's true is none, though a Python int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
 
 
 def _ascending(numbers: Any) -> bool:
     """Whether it is a list of whole numbers from 1 on, each larger than the one before."""
-    whole = OmegaConf.is_list(numbers) and len(numbers) > 0 and all(isinstance(n, int) and n >= 1 for n in numbers)
+    whole = OmegaConf.is_list(numbers) and len(numbers) > 0 and all(_is_whole(n) and n >= 1 for n in numbers)
     return whole and list(numbers) == sorted(set(numbers))
 
 

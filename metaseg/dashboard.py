@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from metaseg.errors import ConfigError, UserError
 from metaseg.page import Found, Html, adaptation, algorithms, find, learning, listing, searches, worst_tasks
-from metaseg.report import META_STEP
+from metaseg.tracking import META_STEP
 
 TITLE = "metaseg"
 

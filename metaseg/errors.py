@@ -3,18 +3,15 @@
 And the one end of a run that is no error: it was told to stop, and can go on.
 """
 
-import re
-
 RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h, "try again"
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # by which a terminal is steered; not the end of a line
 
 
 class UserError(ValueError):
     """What the user can mend."""
 
     def __str__(self) -> str:
-        """The message; of what it quotes out of files and names, control characters are shown as Python writes them."""
-        return printable(super().__str__())
+        """The message, line by line `printable`: it may quote what files say, and their names."""
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class ConfigError(UserError):
@@ -33,6 +30,14 @@ class ComparisonError(UserError):
     """Runs that cannot be compared with each other."""
 
 
+class DivergedError(UserError):
+    """Adaptations, or θ, whose numbers are not finite any more; the message names the task, the step and its rate."""
+
+
+class MachineError(UserError):
+    """What the machine took away: a process that it killed, room on its disk; the message says how to go on."""
+
+
 class Stopped(SystemExit):
     """Ends a process with the exit code `RESUMABLE`; of several ranks the first has it, and speaks for the run.
 
@@ -44,5 +49,5 @@ class Stopped(SystemExit):
 
 
 def printable(text: str) -> str:
-    """The text, with control characters as Python writes them: a terminal would do what they say."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    """The text with all that a terminal obeys, or no encoding has, as escapes: a file's name may hold anything."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

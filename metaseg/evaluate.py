@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -21,9 +22,10 @@ from metaseg import ranks
 from metaseg.adapt import Adapter, Engine, Lanes
 from metaseg.data.episodes import EvaluationEpisodes, episode_loader, one_thread
 from metaseg.data.source import Split
+from metaseg.divergence import divergence
 from metaseg.episode import Batch, Episode
 from metaseg.losses import segmentation_loss
-from metaseg.metrics import Floats, bootstrap_ci95, bootstrap_difference_ci95, counts, iou
+from metaseg.metrics import Floats, bootstrap_ci95, bootstrap_difference_ci95, counts, for_json, iou, predicted
 from metaseg.update import Update
 
 
@@ -39,6 +41,8 @@ class Score:
         support_counts: pixel counts after the last step on support images, as many as there are query images, at
             most all; shape (images, 4).
         support_loss: their loss then.
+        diverged: where the adaptation's numbers stopped being finite (`divergence`), "" if they did not. It counts with
+            what its network predicts then: no object, and a loss that is no number.
     """
 
     task: str
@@ -47,6 +51,7 @@ class Score:
     losses: Floats
     support_counts: Floats
     support_loss: float
+    diverged: str = ""
 
     @cached_property
     def ious(self) -> Floats:
@@ -195,6 +200,11 @@ class Evaluation:
             for step in steps
         ]
 
+    @property
+    def diverged(self) -> list[Score]:
+        """Scores of the episodes whose adaptation diverged."""
+        return [score for score in self.scores if score.diverged]
+
     def metrics(self) -> dict[str, float]:
         """The summaries as one level of numbers, for loggers."""
         low, high = self.ci95
@@ -210,10 +220,11 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, object]:
-        """The numbers of `results.json`; IoUs in [0, 1], each `ci95` a bootstrap over tasks."""
+        """The numbers of `results.json`; IoUs in [0, 1], each `ci95` a bootstrap over tasks; None if not finite."""
         return {
             "tasks": len(self.by_task),
             "draws": len(self.scores) // len(self.by_task),
+            "diverged": len(self.diverged),
             "iou": _estimate(self.task_ious),
             "loss": _estimate(self.task_losses),
             "gap_within_task": {name: _estimate(gaps) for name, gaps in self.within_task.items()},
@@ -221,7 +232,7 @@ class Evaluation:
             "fb_iou": self.fb_iou,
             "iou_before_adaptation": self.iou_before,
             "steps": self.steps,
-            "course": self.course,
+            "course": [{key: for_json(value) for key, value in at.items()} for at in self.course],
         }
 
     def rows(self) -> list[dict[str, str | int | float]]:
@@ -239,6 +250,7 @@ class Evaluation:
                     "support_iou": score.support_iou,
                     "support_loss": score.support_loss,
                     "steps": score.steps[-1],
+                    "diverged": int(bool(score.diverged)),
                 }
             )
             drawn[score.task] += 1
@@ -259,7 +271,7 @@ def across_tasks(evaluations: Mapping[Split, Evaluation]) -> dict[str, dict[str,
         if a and b:
             pairs = {"iou": (a.task_ious, b.task_ious), "loss": (b.task_losses, a.task_losses)}
             gaps[f"{near}_{far}"] = {
-                name: {"mean": float(x.mean() - y.mean()), "ci95": list(bootstrap_difference_ci95(x, y))}
+                name: _with_interval(float(x.mean() - y.mean()), bootstrap_difference_ci95(x, y))
                 for name, (x, y) in pairs.items()
             }
     return gaps
@@ -274,7 +286,11 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _estimate(task_values: Floats) -> dict[str, object]:
-    return {"mean": float(task_values.mean()), "ci95": list(bootstrap_ci95(task_values))}
+    return _with_interval(float(task_values.mean()), bootstrap_ci95(task_values))
+
+
+def _with_interval(mean: float, ci95: tuple[float, float]) -> dict[str, object]:
+    return {"mean": for_json(mean), "ci95": [for_json(bound) for bound in ci95]}
 
 
 class Scoring:
@@ -325,7 +341,7 @@ class Scoring:
         while few := [episode for (episode,) in islice(loader, len(lanes))]:
             score = partial(_adapt_and_score, self.theta, self.rungs)
             for episode, scored in zip(few, lanes.map(score, [e.to(device) for e in few]), strict=True):
-                yield _example(episode, scored)
+                yield _example(episode, scored, self.update)
 
     def _in_processes(self, lanes: Lanes, episodes: Subset[Episode]) -> Iterator[Example]:
         usual = torch.get_num_threads() if ranks.size() == 1 else 1
@@ -334,7 +350,7 @@ class Scoring:
         if processes == 1 or torch.cuda.is_available() or not sys.platform.startswith("linux"):
             processes = 0
         yield from DataLoader(
-            _Scored(self.theta, episodes, self.rungs, lanes),
+            _Scored(self.theta, episodes, self.update, self.rungs, lanes),
             batch_size=None,
             num_workers=processes,
             worker_init_fn=one_thread,
@@ -345,8 +361,10 @@ class Scoring:
 class _Scored(Dataset[Example]):
     """Item i is what episode i scored, computed where it is asked for."""
 
-    def __init__(self, theta: nn.Module, episodes: Subset[Episode], rungs: Set[int], lanes: Lanes) -> None:
-        self.theta, self.episodes, self.rungs, self.lanes = theta, episodes, rungs, lanes
+    def __init__(
+        self, theta: nn.Module, episodes: Subset[Episode], update: Update, rungs: Set[int], lanes: Lanes
+    ) -> None:
+        self.theta, self.episodes, self.update, self.rungs, self.lanes = theta, episodes, update, rungs, lanes
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -354,7 +372,7 @@ class _Scored(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         episode = self.episodes[index]
         (scored,) = self.lanes.map(partial(_adapt_and_score, self.theta, self.rungs), [episode])
-        return _example(episode, scored)
+        return _example(episode, scored, self.update)
 
 
 class _Measured(NamedTuple):
@@ -366,17 +384,19 @@ class _Measured(NamedTuple):
 
 
 class _Raw(NamedTuple):
-    """What `Score` is made of: the query at each of `steps`, and the support at the end."""
+    """What `Score` is made of: the query at each of `steps`, the support at the end, and how the inner loop went."""
 
     steps: list[int]
     query: list[_Measured]
     support: _Measured
+    losses: Tensor
+    finite: Tensor
 
 
 def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode: Episode) -> _Raw:
     def measure(batch: Batch) -> _Measured:
         logits = adapt.predict(batch.images, episode.support)
-        prediction = logits.argmax(dim=1)
+        prediction = predicted(logits)
         return _Measured(counts(prediction, batch.masks), segmentation_loss(logits, batch.masks), prediction)
 
     batches = adapt.batches(theta, episode)
@@ -387,10 +407,12 @@ def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode:
         if adapt.taken in rungs or adapt.taken == len(batches):
             steps.append(adapt.taken)
             query.append(measure(episode.query))
-    return _Raw(steps, query, measure(episode.support[: len(episode.query)]))
+    support = measure(episode.support[: len(episode.query)])
+    finite = adapt.finite() & torch.isfinite(query[-1].loss)
+    return _Raw(steps, query, support, torch.stack(adapt.losses), finite)
 
 
-def _example(episode: Episode, raw: _Raw) -> Example:
+def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
     score = Score(
         task=episode.task,
         steps=tuple(raw.steps),
@@ -398,16 +420,25 @@ def _example(episode: Episode, raw: _Raw) -> Example:
         losses=torch.stack([m.loss for m in raw.query]).cpu().numpy().astype(np.float64),
         support_counts=raw.support.counts.cpu().numpy().astype(np.float64),
         support_loss=float(raw.support.loss),
+        diverged="" if raw.finite else divergence(update, raw.losses.tolist()),
     )
     return Example(replace(episode, batches=(), rehearsal=None), raw.query[-1].prediction.cpu(), score)
 
 
 def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:
-    """Score all episodes, with a progress bar; keep the first `examples` to look at."""
+    """Score all episodes, with a progress bar; keep the first `examples` to look at. Warns if adaptations diverged."""
     scores: list[Score] = []
     kept: list[Example] = []
     for example in track(scoring, description=title, disable=ranks.rank() > 0):
         scores.append(example.score)
         if len(kept) < examples:
             kept.append(example)
-    return Evaluation(scores, kept)
+    evaluation = Evaluation(scores, kept)
+    if evaluation.diverged and ranks.rank() == 0:
+        first = evaluation.diverged[0]
+        warnings.warn(
+            f"{title}: {len(evaluation.diverged)} of {len(scores)} adaptations diverged, and count as finding no "
+            f"object; the first, task {first.task}: {first.diverged}. Lower update.lr",
+            stacklevel=2,
+        )
+    return evaluation

@@ -97,6 +97,8 @@ def fit(job: Job, algo: Algorithm, inner: Update, loggers: Sequence[Logger], fol
         outer=create(config.algo.outer),
         final_lr=config.algo.final_lr,
         meta_steps=steps,
+        meta_batch=config.algo.meta_batch,
+        max_dropped=config.max_dropped,
         about=asdict(job.about),
         training=training_values(config),
     )

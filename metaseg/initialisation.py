@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metaseg.atomic import written_whole
 from metaseg.data.faults import first
 from metaseg.data.source import SPLITS, Split, TaskSource, task_ids
 from metaseg.errors import ConfigError, UserError, WeightsError
@@ -66,7 +67,9 @@ def save_initialisation(net: nn.Module, about: About, path: Path) -> None:
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in net.state_dict().items()
     }
-    save_file(state, path, metadata={key: json.dumps(value) for key, value in asdict(about).items()})
+    metadata = {key: json.dumps(value) for key, value in asdict(about).items()}
+    with written_whole(path) as partial:
+        save_file(state, partial, metadata=metadata)
 
 
 def load_initialisation(net: nn.Module, path: Path, model: dict[str, Any]) -> About:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,12 +20,23 @@ from metaseg.algos import Algorithm
 from metaseg.config import check, config_sha256, inner_config, make_update, plain, training_values, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import SPLITS, Split, TaskSource, image_counts, splits_sha256, task_ids
-from metaseg.errors import WeightsError
+from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
 from metaseg.space import distributions, training_distributions
 from metaseg.update import Update
+
+# what Python and its libraries raise over values that they cannot work with
+_OF_WRONG_KINDS = (
+    InstantiationException,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -224,8 +236,19 @@ def device_of(config: DictConfig) -> torch.device:
 
 
 def create(config: DictConfig, **more: Any) -> Any:
-    """Instantiate, raising what the constructor raised instead of Hydra's wrapping of it."""
+    """Instantiate, raising what the constructor raised instead of Hydra's wrapping of it.
+
+    Raises:
+        ConfigError: in place of Python's own errors over values of wrong kinds.
+    """
     try:
         return instantiate(config, **more)
-    except InstantiationException as error:
-        raise error.__cause__ or error from None
+    except (InstantiationException, TypeError) as error:  # TypeError: a flag as _partial_ is none
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError) or not isinstance(cause, _OF_WRONG_KINDS):
+            raise cause from None
+        place = traceback.extract_tb(cause.__traceback__)[-1]
+        raise ConfigError(
+            f"{config.get('_target_')} cannot be made of {plain(config)}: mend what is of a wrong kind or names "
+            f"nothing ({type(cause).__name__}: {cause}; {Path(place.filename).name}:{place.lineno})"
+        ) from cause

@@ -1,19 +1,20 @@
 """Initialisations as W&B artifacts: which run made θ, and which runs tested it or went on from it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import wandb
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from rich.console import Console
 
 from metaseg.config import initialisations
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import read_about
+from metaseg.tracking import to_wandb
 from metaseg.trust import read_json
 
 
@@ -42,26 +43,23 @@ def init_artifact(path: Path) -> wandb.Artifact:
 
 def log_init(loggers: Sequence[Logger], path: Path) -> None:
     """Say to W&B that the run made this `init.safetensors`."""
-    for run in _wandb_runs(loggers):
-        run.log_artifact(init_artifact(path))
+    to_wandb(loggers, lambda run: run.log_artifact(init_artifact(path)))
 
 
 def use_inits(loggers: Sequence[Logger], config: DictConfig) -> None:
     """Say to W&B which `init.safetensors` the run takes θ from; online only, since offline runs cannot say it."""
-    for run in _wandb_runs(loggers):
-        for path in initialisations(config):
-            if run.offline or run.disabled or path.suffix != ".safetensors":  # a checkpoint is no artifact
-                continue
-            try:
-                run.use_artifact(init_artifact(path))
-            except Exception as error:  # of the network or the server's; the run itself needs neither
-                Console().print(f"W&B: {path} is not noted as this run's input ({error})", soft_wrap=True)
+    for path in initialisations(config):
+        if path.suffix == ".safetensors":  # a checkpoint is no artifact
+            to_wandb(loggers, partial(_use, path))
 
 
-def _wandb_runs(loggers: Sequence[Logger]) -> Iterator[Any]:
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            yield logger.experiment
+def _use(path: Path, run: "wandb.Run") -> None:
+    if run.offline or run.disabled:
+        return
+    try:
+        run.use_artifact(init_artifact(path))
+    except Exception as error:  # of the network or the server's; W&B can do without
+        Console().print(f"W&B: {path} is not noted as this run's input ({error})", soft_wrap=True)
 
 
 def _ious(path: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@
 L2 and L1 are the update procedure's.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class SegmentationLoss:
         """Refuse factors out of range."""
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"update.loss.label_smoothing={self.label_smoothing}: give 0 or more, below 1")
-        if not self.darc1 >= 0:
+        if not 0 <= self.darc1 < math.inf:
             raise ConfigError(f"update.loss.darc1={self.darc1}: give 0 or more")
 
     def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:

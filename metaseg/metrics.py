@@ -1,5 +1,7 @@
 """Intersection over union, as the different papers count it, and an interval over tasks."""
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -8,6 +10,11 @@ from torch import Tensor
 EPS = 1e-7  # makes the IoU of two empty masks 1 (*orig*)
 
 Floats = NDArray[np.float64]
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """Object masks (n, h, w), uint8, {0, 1}, of logits (n, 2, h, w): where channel 1 is higher; NaN is not."""
+    return (logits[:, 1] > logits[:, 0]).to(torch.uint8)
 
 
 def counts(prediction: Tensor, masks: Tensor) -> Tensor:
@@ -66,3 +73,10 @@ def bootstrap_difference_ci95(first: ArrayLike, second: ArrayLike, resamples: in
         means.append(values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1))
     low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
     return float(low), float(high)
+
+
+def for_json(value: float) -> float | None:
+    """The number, or None for one that JSON does not have, such as the loss of an adaptation that diverged."""
+    if not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(value)  # NumPy's are not JSON

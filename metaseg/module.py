@@ -1,10 +1,11 @@
 """The meta-training loop: a meta-batch of episodes → the mean pseudo-gradient → one outer optimizer step."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,16 +14,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from metaseg import ranks
 from metaseg.adapt import Adapter, Engine
 from metaseg.algos import Algorithm
+from metaseg.divergence import DroppedEpisodes, divergence
 from metaseg.engine.flat import flat, flat_statistics
 from metaseg.episode import Episode
+from metaseg.errors import DivergedError
 from metaseg.evaluate import Example
 from metaseg.update import Update
+
+
+class Learned(NamedTuple):
+    """What an episode gives: its pseudo-gradient, the statistics and losses it ended with, and if all is finite."""
+
+    gradient: Tensor
+    statistics: Tensor
+    losses: Tensor
+    finite: Tensor
 
 
 class MetaModule(pl.LightningModule):
     """Learns θ, the parameters of `net`, with manual optimization.
 
-    Running batch-norm statistics of θ become, at each meta-step, the mean of those that its episodes ended with.
+    Running batch-norm statistics of θ become, at each meta-step, the mean of those that its episodes ended with. An
+    episode whose inner loop diverges is dropped: the means are over the others, and without any the gradient is zero.
 
     Args:
         net: θ's network.
@@ -32,6 +45,8 @@ class MetaModule(pl.LightningModule):
         outer: makes the outer optimizer of θ's parameters; its lr is the first meta-step size ε.
         final_lr: ε at the last meta-step; it is linear in between.
         meta_steps: number of meta-steps, ≥ 1.
+        meta_batch: episodes of a meta-step, of all ranks together.
+        max_dropped: see `DroppedEpisodes`.
         about: what is known about θ (`initialisation.About`), in plain containers, kept in the checkpoint.
         training: what decides the run (`config.training_values`), likewise.
     """
@@ -46,6 +61,8 @@ class MetaModule(pl.LightningModule):
         outer: Callable[..., Optimizer],
         final_lr: float,
         meta_steps: int,
+        meta_batch: int,
+        max_dropped: float,
         about: dict[str, Any],
         training: dict[str, Any],
     ) -> None:
@@ -54,7 +71,8 @@ class MetaModule(pl.LightningModule):
         self.save_hyperparameters({"about": about, "training": training}, logger=False)
         self.net, self.algo, self.outer = net, algo, outer
         self.inner, self.engine = inner, engine
-        self.final_lr, self.meta_steps = final_lr, meta_steps
+        self.final_lr, self.meta_steps, self.meta_batch = final_lr, meta_steps, meta_batch
+        self.dropped = DroppedEpisodes(max_dropped, meta_batch, meta_steps)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The outer optimizer of θ as one vector, and ε's linear course to `final_lr`."""
@@ -72,26 +90,56 @@ class MetaModule(pl.LightningModule):
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         assert isinstance(schedule, LambdaLR)
 
-        # 1. each episode's pseudo-gradient, the running statistics that it ended with, and its last loss
-        learned = zip(*self.lanes.map(self._learn, meta_batch), strict=True)
+        # 1. each episode's pseudo-gradient, the running statistics and the losses that it ended with
+        learned = self.lanes.map(self._learn, meta_batch)
+        gradients, all_statistics, losses, finite = zip(*learned, strict=True)
+        sound = torch.stack(finite).tolist()
 
         # 2. their means, over all ranks; the first written where any torch optimizer looks for a gradient
-        self.theta.grad, statistics, loss = ranks.means(*learned)
+        last = [loss[-1] for loss in losses]
+        (self.theta.grad, statistics, loss), count = ranks.means(sound, gradients, all_statistics, last)
+        if count < self.meta_batch:
+            self._note_dropped(self.meta_batch - count, meta_batch, learned)
+        self.dropped.check(self.global_step + 1)
 
         # 3. the outer step
-        self.log("train/meta_step_size", optimizer.param_groups[0]["lr"])
+        size = optimizer.param_groups[0]["lr"]
+        self.log("train/meta_step_size", size)
         optimizer.step()
         schedule.step()
-        flat_statistics(self.net).copy_(statistics)
+        if count:
+            flat_statistics(self.net).copy_(statistics)
+        if not torch.isfinite(self.theta).all():
+            raise DivergedError(
+                f"θ is not finite any more after meta-step {self.global_step}, of size {size:g}: lower algo.outer.lr"
+            )
 
         # as Python numbers, for which a GPU is waited for: so the seconds are of the work, not of queueing it
-        self.log("train/loss", float(loss), prog_bar=True)  # of the last inner steps
+        self.log("train/loss", float(loss) if count else float("nan"), prog_bar=True)  # of the last inner steps
         self.log("train/meta_gradient_norm", float(self.theta.grad.norm()))
+        self.log("train/dropped_episodes", float(self.dropped.count))  # of the run so far
         self.log("train/seconds", time.perf_counter() - started)
 
-    def _learn(self, adapt: Adapter, episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+    def _learn(self, adapt: Adapter, episode: Episode) -> Learned:
         gradient = self.algo.meta_gradient(self.net, episode, adapt)
-        return gradient, adapt.statistics().clone(), adapt.last_loss
+        return Learned(gradient, adapt.statistics().clone(), torch.stack(adapt.losses), adapt.finite())
+
+    def _note_dropped(self, new: int, meta_batch: Sequence[Episode], learned: Sequence[Learned]) -> None:
+        here = [
+            f"task {episode.task}: {divergence(self.inner, one.losses.tolist())}"
+            for episode, one in zip(meta_batch, learned, strict=True)
+            if not one.finite
+        ]
+        self.dropped.note(self.global_step + 1, new, here)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep how many episodes were dropped."""
+        checkpoint["dropped_episodes"] = self.dropped.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; earlier versions' checkpoints have no count."""
+        if "dropped_episodes" in checkpoint:
+            self.dropped.restore(checkpoint["dropped_episodes"])
 
     def validation_step(self, example: Example, batch_idx: int) -> None:
         """Log the score of an episode of a held-out task; `evaluate.Scoring` has adapted to it."""

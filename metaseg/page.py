@@ -215,7 +215,8 @@ def _read(folder: Path) -> FinishedRun:
         part = run.results[run.split]
         _ = float(part["iou"]["mean"]), *map(float, part["iou"]["ci95"]), part["tasks"]
         _ = (run.results.get("episodes") or {}).get("seed"), run.results["splits_sha256"][:12]
-        _ = [float(at[key]) for at in part.get("course") or () for key in ("step", "iou", "loss")]
+        course = part.get("course") or ()
+        _ = [float(at[key]) for at in course for key in ("step", "iou", "loss") if (key, at[key]) != ("loss", None)]
     except (KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
     _listed(run.results, "")

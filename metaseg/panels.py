@@ -7,12 +7,13 @@ import numpy as np
 import torch
 import wandb
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 
 from metaseg.data.source import UInt8
 from metaseg.evaluate import Evaluation, Example
 from metaseg.metrics import iou
 from metaseg.pictures import PREDICTION, TRUTH, overlay
+from metaseg.tracking import to_wandb
 
 _LABELS = {0: "background", 1: "object"}
 
@@ -82,9 +83,7 @@ def log_to_wandb(run: "wandb.Run", evaluation: Evaluation, split: str) -> None:
 
 def log_picture(loggers: Sequence[Logger], name: str, path: Path) -> None:
     """Log a picture file to those of the loggers that are W&B's."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.log({name: wandb.Image(str(path))})
+    to_wandb(loggers, lambda run: run.log({name: wandb.Image(str(path))}))
 
 
 def _wandb_images(example: Example) -> list[wandb.Image]:

@@ -22,11 +22,12 @@ from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.config import make_update
-from metaseg.data.folder import resize_mask
+from metaseg.data.masks import resize_mask
 from metaseg.data.source import UInt8
+from metaseg.divergence import divergence
 from metaseg.engine import Fast, Reference, check_optimizer
 from metaseg.episode import Batch, Episode
-from metaseg.errors import ConfigError, DataError, WeightsError
+from metaseg.errors import ConfigError, DataError, DivergedError, WeightsError
 from metaseg.initialisation import About, read_network, save_initialisation
 from metaseg.metrics import iou
 from metaseg.pictures import PictureError, Pixels, as_mask, as_picture, check_sizes
@@ -101,6 +102,7 @@ class Initialisation:
         Raises:
             DataError: if an image or a mask cannot be used, naming it by its position.
             ConfigError: if ω cannot work.
+            DivergedError: if its numbers stop being finite, naming the step.
         """
         groups = self._groups(images, masks, tile)
         return self.adapt_to(groups, update=update, tile=tile, seed=seed, progress=progress)
@@ -232,6 +234,7 @@ class Initialisation:
         Raises:
             DataError: if there are none.
             ConfigError: if ω cannot work.
+            DivergedError: if its numbers stop being finite, naming the step.
         """
         if not images:
             raise DataError("no labelled image to adapt to: give at least one")
@@ -249,7 +252,7 @@ class Initialisation:
 
         def scored(step: int, score: float) -> None:
             held_out.append((step, score))
-            tell(Progress(True, step, procedure.steps, float(adapt.last_loss), score))
+            tell(Progress(True, step, procedure.steps, float(adapt.losses[-1]), score))
 
         adapt.on_score = scored
         batches = adapt.batches(self.net, episode)
@@ -257,8 +260,11 @@ class Initialisation:
         losses = []
         for batch in batches:
             adapt.step(batch)
-            losses.append(float(adapt.last_loss))
+            losses.append(float(adapt.losses[-1]))
             tell(Progress(False, adapt.taken, len(batches), losses[-1], max((s for _, s in held_out), default=None)))
+        if not adapt.finite():
+            cure = f"lower update.lr, which is {procedure.lr:g}"
+            raise DivergedError(f"the adaptation diverged ({divergence(procedure, losses)}): {cure}")
         # memory of its own, laid out as a file's: what an engine has made are views of one vector
         net = copy.deepcopy(self.net).to(memory_format=torch.contiguous_format)
         net.load_state_dict(adapt.network(episode.support).state_dict())

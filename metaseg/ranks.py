@@ -76,22 +76,34 @@ def share(number: int) -> range:
     return range(rank(), number, size())
 
 
-def means(*values: Sequence[Tensor]) -> list[Tensor]:
+def means(which: Sequence[bool], *values: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """The mean over all ranks' tensors of one shape, for each of a few such sequences, by one all-reduce.
 
     Args:
-        values: sequences of equal length, at least one on each rank; of one device and dtype.
+        which: of a rank's tensors those that count; of all ranks' there may be none, and the means are zero then.
+        values: sequences of as many tensors, at least one on each rank; of one device and dtype.
 
     Returns:
-        For each the mean of its tensors, the same on every rank.
+        For each the mean of those tensors that count, and how many they were; the same on every rank.
     """
+    chosen = torch.tensor(which, device=values[0][0].device)
+    sums = [torch.stack(list(tensors))[chosen].sum(dim=0) for tensors in values]
+    count = sum(which)
+    if size() > 1:
+        joined = torch.cat([*(part.reshape(-1) for part in sums), sums[0].new_tensor([count])])
+        distributed.all_reduce(joined)
+        *totals, total = torch.split(joined, [*(part.numel() for part in sums), 1])
+        sums, count = [part.view_as(like) for part, like in zip(totals, sums, strict=True)], int(total)
+    return [part / max(count, 1) for part in sums], count
+
+
+def gathered(own: Sequence[T]) -> list[T]:
+    """All ranks' things, rank 0's first; the same on every rank."""
     if size() == 1:
-        return [torch.stack(list(tensors)).mean(dim=0) for tensors in values]
-    sums = [torch.stack(list(tensors)).sum(dim=0) for tensors in values]
-    joined = torch.cat([*(part.reshape(-1) for part in sums), sums[0].new_tensor([len(values[0])])])
-    distributed.all_reduce(joined)
-    *totals, count = torch.split(joined, [*(part.numel() for part in sums), 1])
-    return [(total / count).view_as(part) for total, part in zip(totals, sums, strict=True)]
+        return list(own)
+    found: list[Sequence[T]] = [()] * size()
+    distributed.all_gather_object(found, own)
+    return [one for part in found for one in part]
 
 
 def in_turns(own: Iterable[T]) -> Iterator[T]:

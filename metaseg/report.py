@@ -1,126 +1,24 @@
-"""What a run leaves behind: results.json, per_task.csv, a table on the console, loggers opened and closed."""
+"""What a run leaves behind: results.json, per_task.csv, a table on the console."""
 
 import json
-import os
-import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import wandb
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.table import Table
 
-from metaseg.config import trains
+from metaseg.atomic import written_whole
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
-from metaseg.study import to_log
+from metaseg.tracking import to_wandb
 
 SCHEMA = 1
-META_STEP = "meta_step"
-METRICS = ("train", "val", "test", "train_tasks")  # first parts of the names of what W&B shows over the meta-step
-AXES = {
-    "adaptation": "inner_step",
-    "uho": "trial",
-    "search": "trial",
-    "curves": "shots",
-}  # and of the others, with what they are over
-WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B run, which a resumed run goes on with
-
-
-def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    """The CSV logger and the configured one, each given the run's whole configuration."""
-    version = "csv"
-    earlier = [path for path in folder.glob("csv*") if path.is_dir() and re.fullmatch(r"csv\d*", path.name)]
-    if config.ckpt_path is not None and trains(config):  # resumed: the curves from before stay
-        version += f"{len(earlier) + 1}" if earlier else ""
-    else:
-        (folder / WANDB_ID).unlink(missing_ok=True)  # of an earlier run here
-        for path in earlier:
-            shutil.rmtree(path)
-    loggers: list[Logger] = [CSVLogger(folder, name="", version=version)]
-    if config.logger:
-        loggers.append(instantiate(config.logger, save_dir=str(folder)))
-    for logger in loggers:
-        logger.log_hyperparams(to_log(config))
-    return loggers
-
-
-class AxesLogger(WandbLogger):
-    """Lightning's W&B logger, which would call every axis `trainer/global_step`: here each has the name of `AXES`."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics of one axis."""
-        prefixes = [name.partition("/")[0] for name in metrics]
-        axis = next((AXES[prefix] for prefix in prefixes if prefix in AXES), META_STEP)
-        self.experiment.log({**metrics} if step is None else {**metrics, axis: step})
-
-
-def wandb_logger(save_dir: str, facts: Sequence[str | None], tags: Sequence[str], **init: Any) -> WandbLogger:
-    """Lightning's W&B logger on a run of its own, online if the user is logged in; a resumed online run goes on.
-
-    Args:
-        save_dir: where W&B keeps its files: the run's folder.
-        facts: tags that the configuration gives; null ones are left out.
-        tags: the user's own.
-        init: what else `wandb.init` takes: project, name, group and so on.
-    """
-    mode, known = _wandb_mode(), Path(save_dir, WANDB_ID)
-    if known.is_file() and (mode or os.environ["WANDB_MODE"]) == "online":  # offline files of one id do not merge
-        init = {**init, "id": known.read_text(), "resume": "allow"}
-    # the logger alone would merge this run into one that the process has not finished
-    run = wandb.init(
-        dir=save_dir,
-        mode=mode,
-        reinit="finish_previous",
-        tags=[*dict.fromkeys(tag for tag in (*facts, *tags) if tag)],
-        **init,
-    )
-    if not run.offline and not run.disabled:
-        known.write_text(run.id)
-    for axis in (META_STEP, *AXES.values()):
-        run.define_metric(axis, hidden=True)
-    for metric in METRICS:
-        run.define_metric(f"{metric}/*", step_metric=META_STEP, step_sync=True)
-    for metric, axis in AXES.items():
-        run.define_metric(f"{metric}/*", step_metric=axis)
-    # the best, as its checkpoint is chosen; and the last, as W&B would have it without being told
-    run.define_metric("val/iou", step_metric=META_STEP, step_sync=True, summary="max,last")
-    run.define_metric("val/loss", step_metric=META_STEP, step_sync=True, summary="min,last")
-    return AxesLogger(experiment=run)
-
-
-def close_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
-    """Finish all loggers, so that the next run of this process starts its own; W&B learns how this one ended."""
-    for logger in loggers:
-        logger.finalize("success" if exit_code == 0 else "failed")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=exit_code)
-
-
-def _wandb_mode() -> Literal["online", "offline"] | None:
-    """What `wandb.init` shall do; None leaves it to WANDB_MODE. Says which, and how to change it."""
-    console = Console()
-    if "WANDB_MODE" in os.environ:
-        console.print(f"W&B: {os.environ['WANDB_MODE']}, as WANDB_MODE says")
-        return None
-    try:
-        online = wandb.login(prompt=False)
-    except Exception as error:  # there is a key, but the server refuses it or is out of reach
-        console.print(f"W&B: offline, for the login failed ({error})")
-        return "offline"
-    console.print("W&B: online" if online else "W&B: offline; `wandb login` for online runs, `wandb sync DIR` for this")
-    return "online" if online else "offline"
 
 
 class MetaProgressBar(RichProgressBar):
@@ -177,16 +75,17 @@ def report(
             for at in [] if isinstance(logger, CSVLogger) else evaluation.course:  # CSV's steps are meta-steps
                 way = {f"adaptation/{prefix}/{key}": at[key] for key in ("iou", "loss")}
                 logger.log_metrics(way, step=int(at["step"]))
-        if isinstance(logger, WandbLogger):
-            log_to_wandb(logger.experiment, shown, split)
+    to_wandb(loggers, lambda run: log_to_wandb(run, shown, split))
     _print_table(head, evaluations, folder)
     return results
 
 
 def write_results(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write results.json, and per_task.csv with a row an episode."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_csv(rows, folder / "per_task.csv")
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    with written_whole(folder / "results.json") as partial:  # last, and whole: whoever finds it finds all
+        partial.write_text(text, encoding="utf-8")
 
 
 def _print_table(head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], folder: Path) -> None:

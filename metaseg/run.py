@@ -1,10 +1,12 @@
 """The entry: compose → check → meta-train → test → report. `python -m metaseg.run algo=reptile`."""
 
+import errno
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from pytorch_lightning.loggers import Logger
 from metaseg.checkpoints import LAST
 from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, initialisations, trains
 from metaseg.curves import curves
-from metaseg.errors import ConfigError, UserError
+from metaseg.errors import ConfigError, MachineError, UserError
 from metaseg.fit import train_and_test
 from metaseg.job import Job, build
 from metaseg.lineage import log_init, use_inits
 from metaseg.ranks import leads
-from metaseg.report import close_loggers, make_loggers
 from metaseg.search import search
 from metaseg.sweep import stop_multirun, stop_run
+from metaseg.tracking import close_loggers, make_loggers
 from metaseg.uho import uho
 
 
@@ -37,10 +39,16 @@ def run(config: DictConfig, folder: Path) -> float:
     Raises:
         UserError: saying what to change; before anything is written, if it could be known.
     """
-    config = resumed(config, folder)
+    with _machine_faults(folder):
+        return _run(resumed(config, folder), folder)
+
+
+def _run(config: DictConfig, folder: Path) -> float:
     job = build(config)
-    for name in ("results.json", "card.md") if leads(config) else ():
-        (folder / name).unlink(missing_ok=True)  # of an earlier run here: what stands there shall be this one's
+    # of an earlier run here: what stands there shall be this one's
+    leftovers = (folder / "results.json", folder / "card.md", *folder.glob("*.partial"))
+    for path in leftovers if leads(config) else ():
+        path.unlink(missing_ok=True)
     loggers = make_loggers(config, folder) if leads(config) else []
     exit_code = 1
     try:
@@ -70,6 +78,25 @@ def resumed(config: DictConfig, folder: Path) -> DictConfig:
         )
     last = folder / "checkpoints" / LAST
     return OmegaConf.merge(config, {"ckpt_path": str(last) if last.is_file() else None})  # type: ignore[return-value]
+
+
+@contextmanager
+def _machine_faults(folder: Path) -> Iterator[None]:
+    """Raises MachineError in place of what torch or a library raises where the machine is to blame."""
+    goes_on = "the same command goes on, a meta-training with ckpt_path=last"
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "DataLoader worker" in str(error):  # torch's RuntimeError
+            raise MachineError(
+                f"a process that loads or scores episodes has died ({str(error).strip()}): if for want of memory, take "
+                f"fewer by workers=0 and evaluate.processes=1; {goes_on}"
+            ) from error
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):  # also not as OSError
+            raise MachineError(f"no room is left on the disk of {folder} ({error}): make some; {goes_on}") from error
+        raise
 
 
 MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {

@@ -23,12 +23,12 @@ from rich.console import Console
 from metaseg.card import write_card
 from metaseg.checkpoints import StopOnSignal
 from metaseg.config import config_sha256
-from metaseg.errors import ConfigError, Stopped
+from metaseg.errors import ConfigError, DivergedError, Stopped
 from metaseg.fit import fit, headline, test
 from metaseg.initialisation import load_initialisation, save_initialisation
 from metaseg.job import Job, build, evaluation_episodes, fingerprint
 from metaseg.panels import log_picture
-from metaseg.report import make_loggers, write_results
+from metaseg.report import write_results
 from metaseg.seeding import derive_seed
 from metaseg.space import ALONE, check_trial, training_distributions, with_values
 from metaseg.study import (
@@ -42,12 +42,14 @@ from metaseg.study import (
     give_up,
     history,
     hopeless,
+    lose,
     masked,
     open_storage,
     open_study,
     value_of,
     work,
 )
+from metaseg.tracking import make_loggers
 
 LEFT = ("search.json", "best.txt", "search.png", "per_task.csv", "init.safetensors")  # by the worker that tests
 
@@ -84,6 +86,8 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
                 "metaseg: stopped; this trial is lost, the study is not: the same command goes on with it\n"
             )
             raise
+    if not best_trials(study):
+        raise DivergedError("all trials have diverged: lower the learning rates of search.space, and those configured")
     best = best_trials(study)[0]
     check_trial(best, training_distributions(config), "search.storage")
     checkpoint = Path(str(best.user_attrs.get("checkpoint")))
@@ -137,6 +141,11 @@ def take_trial(job: Job, study: Study, trial: Trial, folder: Path) -> None:
     except Stopped:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    except DivergedError as error:
+        Console().print(f"trial {trial.number} is lost: {error}", soft_wrap=True)
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        lose(study, trial)
+        return
     for logger in loggers:
         logger.finalize("success")
     trial.set_user_attr("checkpoint", str(checkpoint.resolve()))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from metaseg.atomic import written_whole
 from metaseg.card import write_card
 from metaseg.errors import ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import read_about
@@ -66,9 +67,8 @@ def ship(runs: Sequence[Path]) -> Path:
     check_trusted({"model": about.model, "update": about.update}, best / NAME)
     target = shipped_path()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")
-    shutil.copyfile(best / NAME, partial)
-    partial.replace(target)  # at once: somebody may be reading it
+    with written_whole(target) as partial:  # somebody may be reading it
+        shutil.copyfile(best / NAME, partial)
     write_card(best / NAME, target.with_name("card.md"))
     return best
 

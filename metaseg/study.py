@@ -173,7 +173,7 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 
 def best_trials(study: Study) -> list[FrozenTrial]:
-    """Trials that were not given up, the one of the highest value first; of equals the earlier."""
+    """Trials that were not given up or lost, the one of the highest value first; of equals the earlier."""
     whole = [trial for trial in finished(study) if not trial.user_attrs.get("given_up")]
     return sorted(whole, key=lambda trial: -value_of(trial))
 
@@ -298,7 +298,12 @@ def hopeless(study: Study, trial: Trial, value: float, step: int) -> bool:
     """
     trial.report(value, step)
     default = default_trial(study)
-    known = default is not None and default.state == TrialState.COMPLETE and step in default.intermediate_values
+    known = (
+        default is not None
+        and default.state == TrialState.COMPLETE
+        and not default.user_attrs.get("given_up")
+        and step in default.intermediate_values
+    )
     return known and not trial.user_attrs.get("default") and trial.should_prune()
 
 
@@ -312,6 +317,12 @@ def give_up(study: Study, trial: Trial, value: float, step: int) -> None:
     assert default is not None  # or it were not `hopeless`
     trial.set_user_attr("given_up", True)
     study.tell(trial, value_of(default) + value - default.intermediate_values[step], skip_if_finished=True)
+
+
+def lose(study: Study, trial: Trial) -> None:
+    """Tell a trial that has come to nothing as the lowest IoU there is, for the sampler to stay away from there."""
+    trial.set_user_attr("given_up", True)
+    study.tell(trial, 0.0, skip_if_finished=True)
 
 
 def close(
@@ -401,7 +412,7 @@ def _broken_line(journal: Path, lock: JournalFileSymlinkLock) -> int | None:
     for number, line in enumerate(lines, start=1):
         try:
             json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return number
         if not line.endswith(b"\n"):
             return number

@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
@@ -82,7 +83,8 @@ def recorded(run: Run, config: DictConfig, folder: Path) -> float:
         headline = run(config, folder)
     except Exception as error:
         if leads(config):
-            _write(folder, config, error=str(error) if isinstance(error, UserError) else traceback.format_exc())
+            with suppress(OSError):  # the disk may be full; the error is worth more
+                _write(folder, config, error=str(error) if isinstance(error, UserError) else traceback.format_exc())
         raise
     if leads(config):
         _write(folder, config, headline)
@@ -248,6 +250,5 @@ def _write(folder: Path, config: DictConfig, headline: float | None = None, erro
         "error": error,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{OUTCOME}.{os.getpid()}"
-    partial.write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / OUTCOME)
+    with written_whole(folder / OUTCOME) as partial:
+        partial.write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

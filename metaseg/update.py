@@ -133,7 +133,7 @@ class Update:
         """Refuse values that cannot work."""
         rules: dict[str, tuple[bool, str]] = {
             "optimizer": (callable(self.optimizer), "one with its _target_ and _partial_=true, as torch.optim.SGD"),
-            "lr": (self.lr > 0, "a number above 0"),
+            "lr": (0 < self.lr < math.inf, "a number above 0"),
             "steps": (isinstance(self.steps, int) and self.steps >= 1, "1 or more, a whole number"),
             "batch_size": (isinstance(self.batch_size, int) and self.batch_size >= 1, "1 or more, a whole number"),
             "schedule": (callable(self.schedule), "one with its _target_, as metaseg.update.Constant"),
@@ -141,8 +141,8 @@ class Update:
                 isinstance(self.stopping, EarlyStopping | None),
                 "null, or a rule with its _target_, metaseg.update.EarlyStopping",
             ),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "l1": (self.l1 >= 0, "0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "l1": (0 <= self.l1 < math.inf, "0 or more"),
             "loss": (callable(self.loss), "a loss with its _target_, as metaseg.losses.SegmentationLoss"),
             "dropout": (0 <= self.dropout < 1, "0 or more, below 1"),
             "augment": (0 <= self.augment <= 1, "a rate from 0 to 1"),
@@ -150,6 +150,10 @@ class Update:
             "adapts": (self.adapts in get_args(Part), f"one of {get_args(Part)}"),
         }
         _refuse("update", self, rules)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of inner step number `step`, from 0."""
+        return self.lr * self.schedule(step / self.steps)
 
     def prepare(self, episode: Episode, *key: int | str) -> Episode:
         """The episode with what the inner steps see, drawn by a generator of `key`.

@@ -108,7 +108,7 @@ def test_l1_and_l2_of_a_loss_without_gradient(net: Net, engine: type[Adapter], p
     omega = replace(OMEGA, adapts=part, steps=1, weight_decay=0.5, l1=0.01, loss=lambda logits, masks: 0 * logits.sum())
     adapt = engine(net, omega)
     phi = adapt(net, episode(steps=1))
-    assert adapt.last_loss == 0
+    assert adapt.losses[-1] == 0
     for i, (w, got) in enumerate(zip(net.parameters(), phi.parameters(), strict=True)):
         torch.testing.assert_close(got.detach(), w - 0.1 * (0.5 * w + 0.01 * w.sign()) if i in moving else w)
 
@@ -125,7 +125,7 @@ def test_inner_steps_descend_omegas_loss(net: Net, engine: type[Adapter]) -> Non
     one = episode(steps=1)
     expected = net(one.batches[0].images)[:, 1].mean()
     phi = adapt(net, one)
-    torch.testing.assert_close(adapt.last_loss, expected.detach())
+    torch.testing.assert_close(adapt.losses[-1], expected.detach())
     torch.testing.assert_close(phi.head.bias.detach(), net.head.bias * (1 - 0.1 * 5e-4) - 0.1 * torch.tensor([0.0, 1]))
 
 
@@ -231,7 +231,8 @@ def test_the_network_of_an_adaptation_predicts_by_itself(net: Net, engine: type[
     before = adapt.statistics().clone()
     with torch.no_grad():
         torch.testing.assert_close(alone(task.query.images), expected, rtol=0, atol=0)
-        assert torch.equal(alone(task.query.images[:1]), alone(task.query.images)[:1])  # whatever is beside it
+        # whatever is beside it, but for the last bit: another batch size may have another kernel
+        torch.testing.assert_close(alone(task.query.images[:1]), alone(task.query.images)[:1], rtol=1e-5, atol=1e-6)
     assert torch.equal(adapt.statistics(), before)
     adapt.start(net, seed=0)  # φ is taken for another task, and the network stays as it is
     with torch.no_grad():

@@ -1,6 +1,8 @@
 """The page in the browser: what a session does, what the command says, and the whole of it in a Chromium."""
 
 import io
+import os
+import re
 import signal
 import socket
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlparse
 
 import numpy as np
@@ -322,8 +325,14 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def drawn(page: ModuleType, session: Session, name: str, painted: UInt8 | None = None) -> dict[str, Any]:
     """The editor's value as the browser sends it, with a mask (h, w) of the image's view or the one that it has."""
     mask = session.open(name) if painted is None else painted
-    layer = page._squared(np.stack([mask * 255] * 4, axis=-1), 0)
-    return {"background": page._squared(session.pictures[name].view, 255), "layers": [layer], "composite": None}
+    pictures = {
+        "background": page._squared(session.pictures[name].view, 255),
+        "layer": page._squared(np.stack([mask * 255] * 4, axis=-1), 0),
+    }
+    paths = {key: session.folder / f"{key} of {name}" for key in pictures}
+    for key, picture in pictures.items():
+        Image.fromarray(picture).save(paths[key])
+    return {"background": {"path": str(paths["background"])}, "layers": [{"path": str(paths["layer"])}]}
 
 
 def test_what_is_painted_on_one_image_is_never_anothers_label(
@@ -362,6 +371,56 @@ def test_every_event_that_sets_the_editor_says_of_which_image(
     assert sum(editor in event.outputs for event in events) == 3
 
 
+def test_of_gradios_routes_only_those_are_answered_that_the_page_asks_for(
+    page: ModuleType, init: Initialisation, tmp_path: Path
+) -> None:
+    from gradio.routes import App
+    from test_app_hostile import Taker, ask
+
+    from metaseg.app.guard import Guard
+
+    guarded = Guard(Taker(), tmp_path, local=True)
+    routes = App.create_app(page.build(init, tmp_path)).openapi()["paths"]
+    assert {  # a route that is new to this list: does the page need it, and what may it do?
+        (method, route)
+        for route, methods in routes.items()
+        for method in methods
+        if ask(guarded, re.sub("{[^}]*}", "x", route), 2, b"{}", method=method.upper()).status == 200
+    } == {
+        ("get", "/"),
+        ("head", "/"),
+        ("get", "/assets/{path}"),
+        ("get", "/config"),
+        ("get", "/favicon.ico"),
+        ("get", "/gradio_api/app_id"),
+        ("get", "/gradio_api/heartbeat/{session_hash}"),
+        ("get", "/gradio_api/info"),
+        ("get", "/gradio_api/queue/data"),
+        ("post", "/gradio_api/queue/join"),
+        ("get", "/gradio_api/startup-events"),
+        ("post", "/gradio_api/upload"),
+        ("get", "/manifest.json"),
+        ("get", "/static/{path}"),
+        ("get", "/theme.css"),
+    }
+
+
+def test_no_picture_is_decoded_that_the_editor_would_not_send(
+    page: ModuleType, init: Initialisation, session: Session, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.add(files)
+    value = drawn(page, session, "a.png", box(*session.layer("a.png").shape))
+    large, other = session.folder / "large.png", session.folder / "other.png"
+    Image.new("L", (4 * VIEW + 1, 1)).save(large)
+    Image.new("RGB", (8, 8)).save(other, "TIFF")
+    bomb = png_of_size(session.folder / "bomb.png", 60_000, 60_000)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("a picture is decoded"))
+    for path in (large, other, bomb):
+        assert not page._keep(session, "a.png", {**value, "background": {"path": str(path)}})
+    events = page.build(init, session.folder).fns.values()
+    assert not any(event.preprocess for event in events if event.fn)  # nor does Gradio decode any before
+
+
 def test_an_erased_mask_cannot_be_used(
     page: ModuleType, session: Session, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,8 +447,15 @@ def test_the_page_is_for_this_computer_alone_unless_told_otherwise(
     assert served == [(SIZE, "127.0.0.1", 7860), (SIZE, "0.0.0.0", 80)]
 
 
+@pytest.fixture
+def _environment() -> Iterator[None]:
+    """The command sets it for its process: not for other tests."""
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.mark.usefixtures("_environment")
 def test_without_gradio_it_says_what_to_install(theta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.delitem(sys.modules, "metaseg.app.page", raising=False)
     monkeypatch.delattr("metaseg.app.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -397,14 +463,22 @@ def test_without_gradio_it_says_what_to_install(theta: Path, monkeypatch: pytest
         command.main(["--init", str(theta)])
 
 
+@pytest.mark.usefixtures("_environment")
+def test_no_setting_of_gradios_opens_more_than_the_page(tmp_path: Path) -> None:
+    os.environ |= {"GRADIO_SHARE": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_NUM_WORKERS": "2", "GRADIO_DEBUG": "1"}
+    command._settle(tmp_path)
+    settings = {name: value for name, value in os.environ.items() if name.startswith("GRADIO_")}
+    assert settings == {"GRADIO_TEMP_DIR": str(tmp_path), "GRADIO_RUN_HISTORY": "False"}
+
+
 def test_a_bad_initialisation_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^metaseg: .*none\.safetensors: there is no such file"):
         command.main(["--init", str(tmp_path / "none.safetensors")])
 
 
-def test_a_port_that_is_taken_is_named_with_another(theta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_environment")
+def test_a_port_that_is_taken_is_named_with_another(theta: Path) -> None:
     pytest.importorskip("gradio")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it for its process: not for other tests
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -459,8 +533,11 @@ def test_paint_adapt_correct_and_download_in_a_browser(theta: Path, tmp_path: Pa
     band = np.zeros((48, 64), np.uint8)
     band[16:20, 8:56] = 1  # as high as the brush: one stroke
     requests = []
+    refused = []  # by the command, or by the browser since the command says so
     with served(theta) as address, browser_page(900, 800) as page:
         page.on("request", lambda request: requests.append(urlparse(request.url)))
+        page.on("response", lambda response: refused.append(response.url) if response.status >= 400 else None)
+        page.on("console", lambda said: refused.append(said.text) if "Content Security Policy" in said.text else None)
         page.goto(address)
         press(page, "Adapt")
         page.get_by_text("Add images first.").wait_for()
@@ -492,4 +569,5 @@ def test_paint_adapt_correct_and_download_in_a_browser(theta: Path, tmp_path: Pa
         painted = masks[f"{name}.png"] > 0
         assert painted.shape == (48, 64)
         assert iou((painted & (band == 1)).sum(), (painted | (band == 1)).sum()) > 0.6  # a stroke has round ends
+    assert not refused
     assert {url.netloc for url in requests if url.scheme not in ("blob", "data")} == {urlparse(address).netloc}

@@ -28,6 +28,7 @@ from metaseg.config import (
 )
 from metaseg.errors import WeightsError
 from metaseg.initialisation import About, save_initialisation
+from metaseg.job import build
 from metaseg.losses import SegmentationLoss
 from metaseg.models import EfficientLab
 from metaseg.update import Constant, Cosine
@@ -294,6 +295,14 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["update.stopping=true"], "update.stopping=True: give null, or a rule with its _target_"),
         (["update.stopping={share: 0.2}"], "update.stopping={'share': 0.2}: give null, or a rule with its _target_"),
         (["algo.inner.steps=2.5"], "algo.inner.steps=2.5: give 1 or more, a whole number"),
+        (["update.lr=inf"], "update.lr=inf: give a number"),
+        (["update.weight_decay=nan"], "update.weight_decay=nan: give a number"),
+        (["algo.outer.lr=nan"], "algo.outer.lr=nan: give a number above 0"),
+        (["algo.outer.lr=1e39"], "algo.outer.lr=1e\\+39: give a number above 0"),
+        (["algo.final_lr=-1"], "algo.final_lr=-1: give 0 or more"),
+        (["max_dropped=1.5"], "max_dropped=1.5: give a share of the episodes, from 0 to 1"),
+        (["max_dropped=null"], "max_dropped=None: give a share of the episodes"),
+        (["uho.steps=[true]"], "uho.steps=\\[True\\]: give ascending steps from 1"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:
@@ -320,3 +329,28 @@ def test_the_command_line_fails_at_once_on_a_mistyped_key(tmp_path: Path) -> Non
     assert "did you mean update.lr" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.backbone=tf_efficentnet_b0", "timm has no such model; did you mean tf_efficientnet_b0"),
+        ("model.backbone=5", "model.backbone=5: timm has no such model"),
+        ("model.rsd=4", "metaseg.models.EfficientLab cannot be made of .*'rsd': 4.*TypeError: 'int' object is not"),
+        ("model._target_=metaseg.models.EfficientLap", "cannot be made of .*EfficientLap"),
+        ("algo.method.shots=abc", "algo.method.shots=abc: give 1 or more, a whole number"),
+        ("dataset.images_per_class=abc", "metaseg.data.emoji.EmojiSource cannot be made of .*TypeError"),
+        ("seed=abc", "seed=abc: give a whole number"),
+        ("algo.outer=null", "algo.outer=None: it holds values of its own; change them one by one"),
+        ("evaluate=5", "evaluate=5: it holds values of its own"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named_without_a_traceback(override: str, said: str, tmp_path: Path) -> None:
+    small = [
+        "dataset.classes=9",
+        "dataset.images_per_class=10",
+        "dataset.image_size=32",
+        f"dataset.cache_dir={tmp_path}",
+    ]
+    with pytest.raises(ConfigError, match=said):
+        build(composed("trainer=cpu", "model.weights=null", *small, override))

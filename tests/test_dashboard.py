@@ -25,9 +25,9 @@ from metaseg.dashboard import SECTIONS, main, wandb_report, workspace, write_pag
 from metaseg.errors import ConfigError, UserError
 from metaseg.lineage import init_artifact, use_inits
 from metaseg.page import find
-from metaseg.report import WANDB_ID, AxesLogger, make_loggers, wandb_logger
 from metaseg.run import run
 from metaseg.sweep import OUTCOME
+from metaseg.tracking import WANDB_ID, AxesLogger, make_loggers, wandb_logger
 
 DONE = {"state": "finished"}
 
@@ -178,8 +178,8 @@ def test_a_resumed_online_run_goes_on_in_the_same_wandb_run(tmp_path: Path, monk
         begun.append(given)
         return OnlineRun()
 
-    monkeypatch.setattr("metaseg.report.wandb.init", init)
-    monkeypatch.setattr("metaseg.report.AxesLogger", lambda experiment: None)
+    monkeypatch.setattr("metaseg.tracking.wandb.init", init)
+    monkeypatch.setattr("metaseg.tracking.AxesLogger", lambda experiment: None)
     monkeypatch.setenv("WANDB_MODE", "online")
     (tmp_path / "wandb").mkdir()
     for _ in range(2):

@@ -67,7 +67,7 @@ def agree(plain: Adapter, fast: Adapter, theta: nn.Module, omega: Update) -> Non
         fast(theta, one)
         close(fast.vector() - start, plain.vector() - start)
         close(fast.statistics(), plain.statistics())
-        close(fast.last_loss, plain.last_loss)
+        close(fast.losses[-1], plain.losses[-1])
         theirs, ours = (adapt.predict(one.query.images, one.support) for adapt in (plain, fast))
         close(ours, theirs)
 

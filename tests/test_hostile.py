@@ -45,6 +45,8 @@ from metaseg.compare import compare, print_table, read_run, write_plot
 from metaseg.config import config_dir, expand_update, make_update
 from metaseg.dashboard import write_page
 from metaseg.data import pascal
+from metaseg.data.folder import read_splits
+from metaseg.data.shards import ShardSource
 from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import check_resumable, read_about, read_network, save_initialisation
 from metaseg.job import build, fingerprint
@@ -909,7 +911,7 @@ def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
     assert "None: no results.json of it lies beside it." in write_card(tmp_path / "init.safetensors").read_text()
 
 
-# Masks
+# Data
 
 
 def test_a_matlab_file_does_not_become_larger_than_masks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -921,3 +923,18 @@ def test_a_matlab_file_does_not_become_larger_than_masks_are(tmp_path: Path, mon
     assert pascal.read_labels(tmp_path / "1000.mat").shape == (1000, 1000)
     with pytest.raises(ValueError, match="it would become more than 1 MiB"):
         pascal.read_labels(tmp_path / "1050.mat")
+
+
+DEEP = 100_000 * "[" + 100_000 * "]"
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    """Of splits, of shards and of a study."""
+    for name in ("splits.json", "shards.json", "study.journal"):
+        (tmp_path / name).write_text(f"{DEEP}\n")
+    with pytest.raises(DataError, match=r"the splits file .* is not JSON"):
+        read_splits(tmp_path / "splits.json")
+    with pytest.raises(DataError, match=r"shards\.json is not JSON"):
+        ShardSource(tmp_path)
+    with pytest.raises(ConfigError, match="search.storage=.*: line 1 is broken"):
+        open_storage(str(tmp_path / "study.journal"), "search.storage")

@@ -142,7 +142,7 @@ def test_the_summary_is_what_results_json_asks_for() -> None:
     assert result["loss"] == {"mean": 0.25, "ci95": [0.25, 0.25]}
     assert result["gap_within_task"]["loss"] == {"mean": 0.125, "ci95": [0.125, 0.125]}
     numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps"}
-    assert result.keys() == numbers | {"gap_within_task", "course"}
+    assert result.keys() == numbers | {"gap_within_task", "course", "diverged"}
 
 
 def test_one_row_an_episode(evaluation: Evaluation, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def make_net() -> Net:
     return Net()
 
 
-def make_module(net: Net, outer: object = partial(Adam, lr=0.01)) -> MetaModule:
+def make_module(net: Net, outer: object = partial(Adam, lr=0.01), max_dropped: float = 0.0) -> MetaModule:
     return MetaModule(
         net,
         Reptile(shots=4),
@@ -56,6 +56,8 @@ def make_module(net: Net, outer: object = partial(Adam, lr=0.01)) -> MetaModule:
         outer=outer,
         final_lr=0.0,
         meta_steps=STEPS,
+        meta_batch=META_BATCH,
+        max_dropped=max_dropped,
         about={},
         training={},
     )

@@ -21,13 +21,10 @@ from metaseg.config import config_dir, config_sha256
 from metaseg.errors import RESUMABLE, ConfigError
 from metaseg.run import resumed, run
 
-STEPS = 24
-KILLS = 5
-
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of `STEPS` meta-steps with a checkpoint at each and two validations."""
+    """A run with a checkpoint at each meta-step and two validations."""
     data = write_data(tmp_path_factory.mktemp("data"))
     quick = [
         "debug=fast",
@@ -38,7 +35,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluate.validations=2",
         "algo.inner.steps=1",
     ]
-    return [*data, *quick, "checkpoint_every=1", f"trainer.max_steps={STEPS}"]
+    return [*data, *quick, "checkpoint_every=1"]
 
 
 def start(config: DictConfig, folder: Path) -> BaseProcess:
@@ -74,7 +71,12 @@ def interrupt(config: DictConfig, folder: Path, number: signal.Signals, wait_s: 
     return process.exitcode, step_of(last)
 
 
-def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "steps"), [(2, 16), pytest.param(20, 120, marks=pytest.mark.slow)])
+def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(
+    kills: int, steps: int, words: list[str], tmp_path: Path
+) -> None:
+    """Stopped by SIGTERM at its first checkpoint, and then so many times by SIGKILL at random moments."""
+    words = [*words, f"trainer.max_steps={steps}"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config, resuming = (compose("config", overrides=[*words, *more]) for more in ([], ["ckpt_path=last"]))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -87,10 +89,10 @@ def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(words: list
     stderr = (broken / "stderr").read_text()
     assert code == RESUMABLE, stderr
     assert f"stopped by SIGTERM at meta-step {reached}; the same command with ckpt_path=last goes on" in stderr
-    for _ in range(KILLS):
+    for _ in range(kills):
         code, later = interrupt(resuming, broken, signal.SIGKILL, 0.1 * draw.random())
         assert code == -signal.SIGKILL, (broken / "stderr").read_text()
-        assert reached <= later <= STEPS
+        assert reached <= later <= steps
         reached = later
     process = start(resuming, broken)
     process.join()

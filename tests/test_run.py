@@ -78,6 +78,7 @@ def test_results_follow_the_schema(finished: tuple[Path, float]) -> None:
     assert found["episodes"] == drawn
     assert compare([folder], [folder]).iou.a.mean() == pytest.approx(headline)
     numbers = {"tasks", "draws", "iou", "loss", "miou_class", "fb_iou", "iou_before_adaptation", "steps", "course"}
+    numbers.add("diverged")
     for split in ("train", "val", "test"):
         part = found[split]
         assert part.keys() == numbers | {"gap_within_task"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metaseg.episode import Batch, Episode
-from metaseg.metrics import counts, mean_iou
+from metaseg.metrics import counts, mean_iou, predicted
 from metaseg.seeding import derive_seed
 from metaseg.update import Update
 
@@ -31,7 +31,7 @@ class Adapter(ABC):
 
     Attributes:
         phi: φ, ours until the next `start`.
-        last_loss: of the last mini-batch, before its step, without L2 and L1; a scalar.
+        losses: of the mini-batches since `start`, each before its step, without L2 and L1; scalars, on θ's device.
         on_score: told, under early stopping, each score of the rehearsal: its step and the held-out share's IoU.
     """
 
@@ -43,7 +43,7 @@ class Adapter(ABC):
         for module in self.phi.modules():
             if isinstance(module, nn.Dropout):
                 module.p = update.dropout
-        self.last_loss = torch.tensor(float("nan"))
+        self.losses: list[Tensor] = []
 
     def __call__(self, theta: nn.Module, episode: Episode) -> nn.Module:
         """Adapt to an episode, step by step over its mini-batches, or as many as early stopping chooses; returns φ."""
@@ -64,7 +64,7 @@ class Adapter(ABC):
             self.step(batch)
             if self.taken % stopping.every == 0 or self.taken == last:
                 logits = self.predict(rehearsal.query.images, rehearsal.support)
-                iou = mean_iou(counts(logits.argmax(dim=1), rehearsal.query.masks))
+                iou = mean_iou(counts(predicted(logits), rehearsal.query.masks))
                 self.on_score(self.taken, iou)
                 if iou > best_iou:
                     best, best_iou = self.taken, iou
@@ -75,13 +75,25 @@ class Adapter(ABC):
     def start(self, theta: nn.Module, seed: int) -> None:
         """φ ← θ, with a fresh optimizer; `seed` is for dropout."""
         self._reset(theta)
-        self.taken, self.seed = 0, seed
+        self.losses, self.seed = [], seed
+
+    @property
+    def taken(self) -> int:
+        """Inner steps since `start`."""
+        return len(self.losses)
 
     def step(self, batch: Batch, *, everything: bool = False) -> None:
         """One inner step on a mini-batch; `everything` moves all parameters, also those that ω holds still."""
-        lr = self.update.lr * self.update.schedule(self.taken / self.update.steps)
-        self.last_loss = self._step(batch, lr, derive_seed(self.seed, "step", self.taken), everything)
-        self.taken += 1
+        seed = derive_seed(self.seed, "step", self.taken)
+        self.losses.append(self._step(batch, self.update.lr_at(self.taken), seed, everything))
+
+    def finite(self) -> Tensor:
+        """Whether losses, parameters and statistics since `start` are all finite; a boolean scalar on θ's device.
+
+        A tensor, so that a GPU is not waited for: another adapter's work may be queued behind this one's.
+        """
+        losses = [torch.stack(self.losses)] if self.losses else []
+        return torch.stack([torch.isfinite(t).all() for t in (*losses, self.vector(), self.statistics())]).all()
 
     @abstractmethod
     def vector(self) -> Tensor:

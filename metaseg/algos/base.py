@@ -23,8 +23,8 @@ class Algorithm(ABC):
     """
 
     def __init__(self, shots: int) -> None:
-        if shots < 1:
-            raise ConfigError(f"algo.method.shots={shots}: give 1 or more")
+        if not isinstance(shots, int) or shots < 1:
+            raise ConfigError(f"algo.method.shots={shots}: give 1 or more, a whole number")
         self.shots = shots
 
     @abstractmethod

@@ -40,7 +40,7 @@ class FomamlStar(Fomaml):
 
     def __init__(self, shots: int, tail: int) -> None:
         super().__init__(shots)
-        if not 1 <= tail < shots:
+        if not isinstance(tail, int) or not 1 <= tail < shots:
             raise ConfigError(f"algo.method.tail={tail}: give 1 … {shots - 1}, fewer than algo.method.shots={shots}")
         self.tail = tail
 

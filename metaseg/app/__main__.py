@@ -40,21 +40,28 @@ def serve(init: Initialisation, host: str, port: int) -> None:
     """
     interruptible()
     with tempfile.TemporaryDirectory(prefix="metaseg-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "uploads"))  # read at the import; Gradio serves what is in it
+        uploads, sessions = Path(folder, "uploads"), Path(folder, "sessions")
+        uploads.mkdir()
+        sessions.mkdir()
+        _settle(uploads)
         try:
             from metaseg.app import page
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
             raise ConfigError('the page needs Gradio: pip install "metaseg-lightning[app]"') from error
-        sessions = Path(folder, "sessions")
-        sessions.mkdir()
+        from starlette.middleware import Middleware  # comes with Gradio
+
+        from metaseg.app.guard import MAX_FILE, Guard, is_local
+
         blocks = page.build(init, sessions)
         try:
             blocks.launch(
                 server_name=host,
                 server_port=port,
                 share=False,
+                max_file_size=MAX_FILE,
+                app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, local=is_local(host))]},
                 ssr_mode=False,
                 quiet=True,
                 prevent_thread_lock=True,
@@ -72,7 +79,17 @@ def serve(init: Initialisation, host: str, port: int) -> None:
             while True:
                 time.sleep(1)
         except KeyboardInterrupt:
+            page.ended.set()
             blocks.close(verbose=False)
+
+
+def _settle(uploads: Path) -> None:
+    """Set what Gradio takes from the environment, at its import and later; what was set there is not for this page."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]  # they may open other folders, ports and services
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # Gradio serves what is in it
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the browser would keep it
+    os.environ["no_proxy"] = "*"  # Gradio asks whether the page is there: a proxy would look for it on its own computer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="init.safetensors of a run; default: the one that `make demo` has built",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at; default: %(default)s, this computer alone"
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at: 0.0.0.0 is for whoever reaches this computer, without a password; "
+        "default: %(default)s, this computer alone",
     )
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     arguments = parser.parse_args(argv)

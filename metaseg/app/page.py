@@ -3,6 +3,7 @@
 import html
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from metaseg.app.session import VIEW, Session
 from metaseg.data.faults import fault_lines
@@ -23,6 +25,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: nothing h
 import gradio as gr
 
 PAINT, OPACITY = (224, 0, 224), 0.6  # few objects are magenta
+LARGEST = 4 * VIEW  # side of what the editor may send, which is VIEW on a plain screen
 BRUSH = 16  # radius, in pixels of the view
 DAY = 86_400  # seconds after which Gradio's copies of uploads are removed; sessions have their own
 ALIKE = 2  # levels of 255 that a browser may render an image off
@@ -43,7 +46,10 @@ FETCH = """file => {
   link.click();
 }"""
 
-Drawn: TypeAlias = dict[str, Any] | None  # the editor's value: "background" and "layers", as arrays (h, w, 4)
+File: TypeAlias = dict[str, Any]  # "path", and what else Gradio says of it
+Drawn: TypeAlias = dict[str, Any] | None  # the editor's value: "background" and "layers", each a `File`
+
+ended = threading.Event()  # set as the command ends; Python aborts where a thread goes on in PyTorch
 
 
 def build(init: Initialisation, folder: Path) -> gr.Blocks:
@@ -116,7 +122,8 @@ def build(init: Initialisation, folder: Path) -> gr.Blocks:
 
         painting = [session, opened, editor]
         shown = [opened, gallery, editor]
-        hidden: dict[str, Any] = {"api_visibility": "private"}
+        # Gradio's preprocessing would decode whatever pictures an event names, at any size and all at once
+        hidden: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
         upload.upload(partial(_add, init, folder), [upload, *painting], [session, *shown], **hidden)
         # by default what is clicked while the last one still opens would be ignored
         gallery.select(_open, painting, shown, trigger_mode="always_last", show_progress="hidden", **hidden)
@@ -142,11 +149,16 @@ def _close(session: Session | None) -> None:
 
 
 def _add(
-    init: Initialisation, folder: Path, files: list[str], session: Session | None, opened: str | None, drawn: Drawn
+    init: Initialisation,
+    folder: Path,
+    files: list[File] | None,
+    session: Session | None,
+    opened: str | None,
+    drawn: Drawn,
 ) -> tuple[Any, ...]:
     session = session or Session(init, Path(tempfile.mkdtemp(dir=folder)))
     _keep(session, opened, drawn)
-    faults = session.add([Path(file) for file in files])
+    faults = session.add([Path(file["path"]) for file in files or ()])
     if faults:
         _warn(["These files are left out:", *fault_lines(faults)])
     if not opened and session.pictures:
@@ -155,7 +167,9 @@ def _add(
     return session, gr.skip(), session.thumbnails(), gr.skip()
 
 
-def _open(session: Session, opened: str | None, drawn: Drawn, event: gr.SelectData) -> Any:
+def _open(session: Session | None, opened: str | None, drawn: Drawn, event: gr.SelectData) -> Any:
+    if session is None:  # the page is an older one than the command that serves it now
+        return _warn(["Add images first."])
     name = list(session.pictures)[event.index]
     if name == opened:
         return gr.skip()
@@ -188,9 +202,17 @@ def _adapt(
     if session is None or not opened:
         _warn(["Add images first."])
         return gr.skip(), ""
+    if steps not in STEPS.values():
+        raise gr.Error("The number of steps is none of those to choose from.", title="metaseg", print_exception=False)
+
+    def tell(done: float, doing: str) -> None:
+        if ended.is_set():
+            raise gr.Error("The page has ended.", title="metaseg", print_exception=False)
+        progress(done, desc=doing)
+
     _keep(session, opened, drawn)
     try:
-        said = session.adapt(steps=steps or None, tile=tile, tell=lambda done, doing: progress(done, desc=doing))
+        said = session.adapt(steps=steps or None, tile=tile, tell=tell)
     except UserError as error:
         _warn([str(error)])
         said = ""
@@ -229,17 +251,28 @@ def _keep(session: Session, opened: str | None, drawn: Drawn) -> bool:
 
 def _painted(session: Session, opened: str | None, drawn: Drawn) -> UInt8 | None:
     """What is painted on the open image, (h, w) of its view, {0, 1}; None if the editor does not show that image."""
-    if drawn is None or drawn["background"] is None or not drawn["layers"]:
-        return None
-    if opened not in session.pictures or not _shows(session, opened, drawn["background"]):
+    if not drawn or not drawn["background"] or not drawn["layers"] or opened not in session.pictures:
         return None
     height, width = session.pictures[opened].view.shape[:2]
     painted = np.zeros((VIEW, VIEW), np.uint8)
-    for layer in drawn["layers"]:
-        opaque = (layer[..., 3] > 255 * OPACITY / 2).astype(np.uint8)
-        painted |= cv2.resize(opaque, (VIEW, VIEW), interpolation=cv2.INTER_NEAREST)
+    try:
+        if not _shows(session, opened, _read(drawn["background"])):
+            return None
+        for layer in drawn["layers"]:
+            opaque = (_read(layer)[..., 3] > 255 * OPACITY / 2).astype(np.uint8)
+            painted |= cv2.resize(opaque, (VIEW, VIEW), interpolation=cv2.INTER_NEAREST) > 0
+    except Exception:  # Pillow's are of all kinds: the file is not of this page's editor
+        return None
     top, left = (VIEW - height) // 2, (VIEW - width) // 2
     return painted[top : top + height, left : left + width]
+
+
+def _read(file: File) -> UInt8:
+    """A picture (h, w, 4) that the editor sends."""
+    with Image.open(file["path"], formats=["PNG"]) as picture:
+        if max(picture.size) > LARGEST:
+            raise ValueError(f"a picture of {picture.size} pixels")
+        return np.asarray(picture.convert("RGBA"))
 
 
 def _shows(session: Session, name: str, background: UInt8) -> bool:

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from metaseg.pictures import PREDICTION, TRUTH, PictureError, overlay, read_pict
 from metaseg.practice import Adapted, Initialisation, Progress
 
 VIEW = 640  # pixels of a view's longer side
+MAX_IMAGES = 500  # of a session; each takes 1.3 MB of memory
 THUMBNAIL = 192  # of a thumbnail's; an overlay's outline has one pixel
 
 Tell = Callable[[float, str], None]
@@ -78,6 +79,10 @@ class Session:
         """Add images, and predict them if there is a model already; returns the faults of those that cannot be used."""
         faults = []
         for file in files:
+            if len(self.pictures) >= MAX_IMAGES:
+                cure = "download the model, and predict the others with python -m metaseg.adapt query=FOLDER"
+                faults.append(Fault(f"image past the first {MAX_IMAGES}", Path(file.name), cure))
+                continue
             try:
                 image = read_picture(file)
             except PictureError as error:
@@ -247,7 +252,8 @@ class Session:
     def _free_name(self, name: str) -> str:
         """The name, or one like `cat (2).jpg` if an image has its stem: their masks would be one file."""
         taken = {Path(other).stem.casefold() for other in self.pictures}
-        stem, suffix = Path(name).stem, Path(name).suffix
+        bare = PureWindowsPath(name)  # it knows the separators of all systems: the zip may be unpacked on any
+        stem, suffix = bare.stem, bare.suffix
         stems = (stem if i == 1 else f"{stem} ({i})" for i in count(1))
         return next(free for free in stems if free.casefold() not in taken) + suffix
 

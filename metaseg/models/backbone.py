@@ -1,5 +1,6 @@
 """A timm EfficientNet, cut behind its last block at stride 16, and where its ImageNet weights come from."""
 
+import difflib
 import re
 from typing import Any
 
@@ -25,6 +26,11 @@ class Backbone(nn.Module):
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
         super().__init__()
         self.name = name
+        if not isinstance(name, str) or not timm.is_model(name):
+            near = difflib.get_close_matches(
+                str(name).partition(".")[0], timm.list_models("*efficientnet*"), n=3, cutoff=0.0
+            )
+            raise ConfigError(f"model.backbone={name}: timm has no such model; did you mean {' or '.join(near)}?")
         net = timm.create_model(name, pretrained=False)
         if not isinstance(net, EfficientNet):
             raise ConfigError(
