@@ -23,7 +23,7 @@ from metaseg.models.weights import read_torch
 from metaseg.seeding import torch_seed
 from metaseg.trust import NETWORKS, check_trusted, is_plain
 
-MOST_PIXELS = 2**14  # of an image's side that a file may ask for
+MOST_PIXELS = 2**12  # of an image's side that a file may ask for
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from trees import stripes, write_sbd, write_splits, write_tree, write_voc
 
 from metaseg.data import archive
@@ -474,3 +475,26 @@ def test_of_processes_at_once_one_unpacks(tmp_path: Path, monkeypatch: pytest.Mo
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert (tmp_path / "writers").read_text() == "1"
     assert sorted(found.name[:1] for found in (cache / "unpacked").iterdir()) == [".", "d"]
+
+
+def test_without_locks_whoever_is_first_serves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """What another process may be writing is left to it; and what it has finished meanwhile is taken."""
+    monkeypatch.setattr(FileLock, "acquire", lambda *args, **options: (_ for _ in ()).throw(NotImplementedError))
+    path = written(tmp_path / "data.zip", [("cat/1.jpg", b"1")])
+    first = unpacked(path)
+    others = first.with_name(f".{first.name}.1.partial")
+    first.rename(others)
+    assert (unpacked(path) / "cat" / "1.jpg").read_bytes() == b"1"
+    assert others.is_dir()
+    shutil.rmtree(first)
+    write = archive._write
+
+    def late(*args: Any) -> None:
+        write(*args)
+        others.rename(first)
+
+    monkeypatch.setattr(archive, "_write", late)
+    assert (unpacked(path) / "cat" / "1.jpg").read_bytes() == b"1"
+    assert [found.name for found in (cache / "unpacked").iterdir()] == [first.name]

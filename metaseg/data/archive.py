@@ -6,6 +6,7 @@ being whole, in a folder beside its place that is renamed at the end.
 """
 
 import bz2
+import glob
 import gzip
 import hashlib
 import lzma
@@ -20,10 +21,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import IO, Any, NamedTuple
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metaseg.atomic import alone
 from metaseg.errors import DataError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {  # by suffix; of a tar file as what it is compressed with
@@ -117,7 +118,7 @@ def _suffix(path: Path) -> str:
 
 def _unpack(path: Path, folder: Path) -> None:
     """Unpack an archive so that `folder` comes into being whole; of several processes that want it one does it."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with ExitStack() as stack:
         with _reading(path):
             opened = _opened(path, stack)
@@ -125,10 +126,12 @@ def _unpack(path: Path, folder: Path) -> None:
         _check_room(path, members, folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
+            with alone(folder, "unpacks") as locked:
                 if folder.is_dir():  # by now
                     return
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                leftovers = folder.parent.glob(f".{glob.escape(folder.name)}.*.partial") if locked else ()
+                for leftover in leftovers:  # of processes that were killed
+                    shutil.rmtree(leftover, ignore_errors=True)
                 try:
                     partial.mkdir()
                     _write(path, opened.read, members, partial)
@@ -136,6 +139,8 @@ def _unpack(path: Path, folder: Path) -> None:
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
+            if folder.is_dir():  # without locks another process was faster, and wrote the same
+                return
             raise DataError(
                 f"{path} cannot be unpacked in {folder.parent} ({error.strerror}): make room or get the right to "
                 "write there, or name another folder in the environment variable METASEG_CACHE"

@@ -20,10 +20,9 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -34,10 +33,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 from rich.progress import track
 
+from metaseg.atomic import alone
 from metaseg.data.compositing import CutOut, Scene, background, corner, cut_out, jitter, place, pose
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.errors import DataError
@@ -352,10 +351,10 @@ def _build(folder: Path, names: Sequence[str], size: int, count: int, seed: int,
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder) as alone:
-            if alone and _is_complete(folder):
+        with alone(folder, "draws") as locked:
+            if locked and _is_complete(folder):
                 return  # drawn by the process that this one waited for
-            if alone:
+            if locked:
                 for leftover in (folder, *folder.parent.glob(f".{folder.name}.*/")):
                     shutil.rmtree(leftover, ignore_errors=True)
             try:
@@ -379,22 +378,6 @@ def _build(folder: Path, names: Sequence[str], size: int, count: int, seed: int,
             "a process that draws the emoji images was killed, perhaps for want of memory: free some, or let fewer "
             "processes draw, dataset.workers=1"
         ) from error
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder of the cache; False where the file system has none, and the rename has to do."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            sys.stderr.write(f"another process draws {folder}: waiting for it\n")
-            lock.acquire()
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 
 def _provenance(names: dict[Split, tuple[str, ...]]) -> str:
