@@ -8,7 +8,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # what the tests use; ray has an environment of its own, for it holds joblib back
 EXTRAS := demo,export,app,dashboard,sweep,slurm
 
-.PHONY: help demo test test-slow test-lowest lint type sync clean
+.PHONY: help demo test test-slow test-lowest lint type audit sync clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -31,6 +31,12 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 type: $(VENV)/.dev ## mypy, strict on the package
 	$(BIN)/mypy
+
+audit: $(TOOLS)/.done ## known vulnerabilities in what pip would install today; asks pypi.org's database
+	$(TOOLS)/bin/uv pip compile --quiet --upgrade --all-extras --generate-hashes --output-file $(TOOLS)/audited.txt pyproject.toml
+	@rm -f $(TOOLS)/found.txt
+	@$(TOOLS)/bin/pip-audit --strict --disable-pip --requirement $(TOOLS)/audited.txt --output $(TOOLS)/found.txt || \
+	  { cat $(TOOLS)/found.txt 2>/dev/null || echo "Not audited: the database did not answer for what is named above."; exit 1; }
 
 sync: $(VENV)/.demo ## upload the offline W&B runs below runs/ and multirun/
 	@find runs multirun -type d -name 'offline-run-*' 2>/dev/null | grep -q . || echo "no offline W&B runs here"
@@ -56,5 +62,5 @@ $(LOWEST)/.done: pyproject.toml $(TOOLS)/.done
 
 $(TOOLS)/.done:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet uv
+	$(TOOLS)/bin/python -m pip install --quiet uv pip-audit
 	touch $@

@@ -1,7 +1,9 @@
-"""What is installed with metaseg."""
+"""What is installed with metaseg: bounds, the audit."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -44,3 +46,35 @@ def test_the_package_imports_nothing_that_it_does_not_require() -> None:
 
 def test_the_lowest_versions_are_tested_on_the_lowest_python() -> None:
     assert PROJECT["requires-python"] == ">=" + re.search(r"uv venv .*--python (\S+)", MAKEFILE)[1]
+
+
+# Audit
+
+
+def audited(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """`make audit` with a stand-in of pip-audit."""
+    tools = tmp_path / "tools"
+    (tools / "bin").mkdir(parents=True)
+    for name, body in {"uv": "", "pip-audit": script}.items():
+        (tools / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / "bin" / name).chmod(0o755)
+    (tools / ".done").touch()
+    command = ["make", "audit", f"TOOLS={tools}"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "MAKEFLAGS": ""}, capture_output=True, text=True)
+
+
+def test_an_audit_without_the_database_fails_and_says_so(tmp_path: Path) -> None:
+    done = audited(tmp_path, "echo torch: not found on PyPI >&2; exit 1")
+    assert done.returncode == 2  # make's, of every target that fails
+    assert "Not audited" in done.stdout
+
+
+def test_an_audit_that_finds_something_shows_it_and_fails(tmp_path: Path) -> None:
+    done = audited(tmp_path, 'while [ "$1" != --output ]; do shift; done; echo torch 2.5 CVE-2025-32434 > "$2"; exit 1')
+    assert done.returncode == 2
+    assert "torch 2.5 CVE-2025-32434" in done.stdout
+    assert "Not audited" not in done.stdout
+
+
+def test_an_audit_that_finds_nothing_succeeds(tmp_path: Path) -> None:
+    assert audited(tmp_path, "exit 0").returncode == 0
