@@ -8,7 +8,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 # what the tests use; ray has an environment of its own, for it holds joblib back
 EXTRAS := demo,export,app,dashboard,sweep,slurm
 
-.PHONY: help demo test test-slow test-lowest lint type audit sync clean
+.PHONY: help demo test test-slow test-lowest lint type licences audit sync clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 type: $(VENV)/.dev ## mypy, strict on the package
 	$(BIN)/mypy
+
+licences: $(VENV)/.dev ## fail on a licence that is unknown, or copyleft beyond LGPL and MPL
+	$(BIN)/python experiments/licences.py --extras $(EXTRAS)
 
 audit: $(TOOLS)/.done ## known vulnerabilities in what pip would install today; asks pypi.org's database
 	$(TOOLS)/bin/uv pip compile --quiet --upgrade --all-extras --generate-hashes --output-file $(TOOLS)/audited.txt pyproject.toml
