@@ -1,4 +1,4 @@
-"""What is installed with metaseg: bounds, licences, the audit."""
+"""What is installed with metaseg: bounds, licences, the audit; and that the pages about it name what there is."""
 
 import ast
 import os
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WANTED = {"": PROJECT["dependencies"]} | PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = ["SECURITY.md", "CONTRIBUTING.md"]
 Install = Callable[..., None]
 
 
@@ -185,6 +186,14 @@ def test_a_listed_package_may_stay_only_while_it_declares_the_same(
     assert licences.judged("made-up", distribution("made-up"), ["demo"]).may_stay is may_stay
 
 
+def test_the_committed_table_has_every_requirement_and_refuses_none() -> None:
+    table = (ROOT / "experiments" / "licences" / "licences.md").read_text()
+    names = set(re.findall(r"^\| (\S+) \| ", table, re.MULTILINE))
+    wanted = [want for extra, wants in WANTED.items() if extra != "dev" for want in wants]
+    assert {canonicalize_name(Requirement(want).name) for want in wanted} <= names
+    assert "refused" not in table
+
+
 # Audit
 
 
@@ -215,3 +224,23 @@ def test_an_audit_that_finds_something_shows_it_and_fails(tmp_path: Path) -> Non
 
 def test_an_audit_that_finds_nothing_succeeds(tmp_path: Path) -> None:
     assert audited(tmp_path, "exit 0").returncode == 0
+
+
+# Pages
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_short_and_names_only_what_there_is(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert len(text.splitlines()) < 60
+    targets = set(re.findall(r"`make ([a-z-]+)", text))
+    assert targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    links = {link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)}
+    paths = {word for word in re.findall(r"`([\w./-]+)`", text) if "/" in word}
+    assert [path for path in links | paths if not (ROOT / path).exists()] == []
+
+
+def test_contributing_says_how_each_check_is_run() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    checks = ("lint", "type", "test", "test-slow", "test-lowest", "licences", "audit")
+    assert [check for check in checks if f"`make {check}`" not in text] == []
