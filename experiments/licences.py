@@ -119,7 +119,8 @@ def declared(package: Distribution) -> str:
 
 def accepted(licence: str) -> bool:
     """Whether all that an expression names is permissive, LGPL or MPL."""
-    return all(_spelled(part) in _ACCEPTED for part in _OPERATORS.split(licence) if part.strip())
+    named = [part for part in _OPERATORS.split(licence) if part.strip()]
+    return named != [] and all(_spelled(part) in _ACCEPTED for part in named)
 
 
 def judged(name: str, package: Distribution, needed_by: Sequence[str]) -> Row:
@@ -158,12 +159,12 @@ def write_table(table: Iterable[Row], head: str, path: Path) -> None:
         cells = (row.name, row.version, row.licence, ", ".join(row.needed_by), verdict)
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# Licences\n\n{head}\n\n" + "\n".join(lines) + "\n")
+    path.write_text(f"# Licences\n\n{head}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     optional = {extra: wants for extra, wants in project["optional-dependencies"].items() if extra not in NO_RUNTIME}
     parser.add_argument("--extras", default=",".join(optional), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="folder for the table")
