@@ -30,7 +30,7 @@ def _hydra_main(config: DictConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it in full
         report = describe(create(config.dataset))
-    Console(soft_wrap=True, highlight=False).print(report, markup=False)
+    Console(soft_wrap=True, highlight=False, emoji=False, markup=False).print(report)
 
 
 def main() -> None:

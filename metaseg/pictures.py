@@ -20,15 +20,16 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from metaseg.data.faults import STRAY, Fault, first
-from metaseg.data.folder import natural
+from metaseg.data.faults import Fault, first, stray
+from metaseg.data.opening import fault_of, opened
 from metaseg.data.source import UInt8
+from metaseg.data.tree import natural
 from metaseg.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-MAX_PIXELS = 89_000_000  # just under Pillow's own limit, from which on it warns of decompression bombs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")  # Pillow's names of them
 
 PREDICTION, TRUTH = (230, 60, 40), (30, 160, 90)  # colours of outlines
 
@@ -267,7 +268,7 @@ def _scan(folder: Path) -> _Files:
     places = {folder: None, base: None, folder / "annotations": None}
     drawings = [path for place in places for path in _listed(place) if path.suffix.lower() == ".json"]
     strays = [path for path in found if path not in pictures and path not in drawings]
-    faults = [Fault(STRAY, path.relative_to(folder), "nothing to do; it is ignored") for path in strays]
+    faults = [stray(path.relative_to(folder)) for path in strays]
     if apart:
         images = pictures
         masks = [path for path in _listed(folder / "masks") if path.suffix.lower() in SUFFIXES]
@@ -299,29 +300,24 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], UInt8]) -> UInt8:
+    Image.init()  # AVIF and HEIF are not in every Pillow
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about large images and odd EXIF data
-            with Image.open(path) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{file.width}×{file.height}")
+            with opened(path, formats) as file:
                 return convert(file)
     except Exception as error:  # of damaged files Pillow raises errors of all kinds
-        broken = _told(error)
+        broken = _told(error, path)
         broken.path = path
         raise broken from error
 
 
-def _told(error: Exception) -> PictureError:
+def _told(error: Exception, path: Path) -> PictureError:
     if isinstance(error, PictureError):
         return error
-    if isinstance(error, Image.DecompressionBombError):
-        cure = f"cut it into parts or shrink it to at most {MAX_PIXELS // 1_000_000} megapixels"
-        return PictureError("image of too many pixels", cure, str(error))
-    # whose own message is the path
-    foreign = isinstance(error, UnidentifiedImageError)
-    detail = "no known image format" if foreign else f"{type(error).__name__}: {error}"
-    return PictureError("unreadable file", "export it again as JPEG or PNG, or remove it", detail)
+    fault = fault_of(error, path, path, "export it again as JPEG or PNG, or remove it")
+    return PictureError(fault.kind, fault.cure, fault.detail)
 
 
 def _channels_last(image: Pixels) -> NDArray[Any]:
@@ -406,7 +402,7 @@ def _read_drawings(
             elif isinstance(content, dict) and "shapes" in content:
                 drawn |= _read_labelme(content, path)
             else:
-                faults.append(Fault(STRAY, place, "nothing to do; it is neither COCO's nor labelme's and ignored"))
+                faults.append(stray(place, "nothing to do; it is neither COCO's nor labelme's and ignored"))
         except (OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             cure = "export it again as COCO or labelme JSON"
             faults.append(Fault("unreadable file", place, cure, f"{type(error).__name__}: {error}"))

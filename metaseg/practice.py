@@ -22,7 +22,7 @@ from torch import nn
 
 from metaseg.adapt import Adapter
 from metaseg.config import make_update
-from metaseg.data.folder import resize_mask
+from metaseg.data.masks import resize_mask
 from metaseg.data.source import UInt8
 from metaseg.divergence import divergence
 from metaseg.engine import Fast, Reference, check_optimizer

@@ -41,3 +41,13 @@ def test_a_sound_and_a_broken_data_set_are_reported(tmp_path: Path, check: Check
     assert "3.jpg" in done.stderr
     assert "1 × image without a mask" in check(*overrides, "dataset.min_images=9")
     assert {path.name for path in tmp_path.iterdir()} == {"tree", "splits.json"}  # looking leaves nothing behind
+
+
+def test_names_of_every_kind_are_told_as_they_are(tmp_path: Path, check: Check) -> None:
+    """Also those that a console might take for markup or an emoji's name."""
+    root = write_tree(tmp_path / ":ant: [red]", ["a", "b", "c"])
+    splits = write_splits(tmp_path / "splits.json", ["a"], ["b"], ["c"])
+    (root / "a" / ":bee: [blue].png").touch()
+    told = check("dataset=folder", f"dataset.root='{root}'", f"dataset.splits={splits}")
+    assert str(root) in told.splitlines()
+    assert "a/:bee: [blue].png" in told

@@ -1,15 +1,21 @@
 import dataclasses
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from machine import rights_mean_something, small_disk
 from omegaconf import OmegaConf
 
 from metaseg.config import config_dir
@@ -152,6 +158,11 @@ def test_more_images_contain_the_fewer(tmp_path):
     assert (few.load(name, [0])[0] != other_seed.load(name, [0])[0]).any()
 
 
+def kept(cache):
+    """What lies in a cache besides its locks, which stay."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
 @pytest.mark.usefixtures("few_classes")
 def test_an_interrupted_build_leaves_nothing_and_is_repeated(tmp_path, monkeypatch):
     def interrupted(folder, *_):
@@ -162,22 +173,34 @@ def test_an_interrupted_build_leaves_nothing_and_is_repeated(tmp_path, monkeypat
         patch.setattr(emoji, "_draw_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             EmojiSource(SIZE, 1, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert kept(tmp_path) == []
 
     # What a killed process leaves behind, beside and at the place of the cache.
     built = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
     expected = built.load(built.names("train")[0], [0])[0]
-    shutil.rmtree(built.folder)
-    built.folder.mkdir()
+    (built.folder / "masks.npy").unlink()
     leftover = tmp_path / f".{built.folder.name}.0123"
     leftover.mkdir()
     (leftover / "images.npy").write_bytes(b"half")
+    others = tmp_path / ".another-cache.0123"
+    others.mkdir()
     again = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
     np.testing.assert_array_equal(again.load(again.names("train")[0], [0])[0], expected)
+    assert kept(tmp_path) == [others.name, built.folder.name]
 
 
+def without_locks(monkeypatch):
+    """As on a file system that has none."""
+
+    def refused(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+
+
+@pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.usefixtures("few_classes")
-def test_the_slower_of_two_builders_uses_the_others_result(tmp_path, monkeypatch):
+def test_the_slower_of_two_builders_uses_the_others_result(tmp_path, monkeypatch, locks):
     winner = EmojiSource(SIZE, 1, cache_dir=tmp_path / "winner", workers=1)
     raced = tmp_path / "raced" / winner.folder.name
 
@@ -185,11 +208,144 @@ def test_the_slower_of_two_builders_uses_the_others_result(tmp_path, monkeypatch
         (folder / "images.npy").write_bytes(b"the loser's")
         shutil.copytree(winner.folder, raced)
 
+    if not locks:
+        without_locks(monkeypatch)
     monkeypatch.setattr(emoji, "_draw_all", overtaken)
     loser = EmojiSource(SIZE, 1, cache_dir=tmp_path / "raced")
-    assert [path.name for path in raced.parent.iterdir()] == [raced.name]
+    assert kept(raced.parent) == [raced.name]
     name = loser.names("val")[0]
     np.testing.assert_array_equal(loser.load(name, [0])[0], winner.load(name, [0])[0])
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_without_locks_what_another_process_may_be_drawing_is_left_alone(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    folder = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1).folder
+    shutil.rmtree(folder)
+    (tmp_path / f".{folder.name}.0123").mkdir()
+    EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    assert kept(tmp_path) == [f".{folder.name}.0123", folder.name]
+
+
+@pytest.fixture
+def process(few_classes):
+    """Starts processes that draw the few classes, too; none outlives its test."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("the processes get the few classes by being forked")
+    started = []
+
+    def start(cache, said):
+        def run():
+            with said.open("a", buffering=1) as sys.stderr:
+                EmojiSource(SIZE, 2, cache_dir=cache, workers=2)
+
+        started.append(multiprocessing.get_context("fork").Process(target=run))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.join()
+
+
+def until(happens, seconds=60):
+    """Wait for something that has to happen soon."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.01)
+
+
+def test_of_two_processes_one_draws_and_the_other_waits(process, tmp_path, monkeypatch):
+    cache, go, drawn, said = (tmp_path / name for name in ("cache", "go", "drawn", "said"))
+    draw_all = emoji._draw_all
+
+    def slowly(*arguments):
+        with drawn.open("a") as file:
+            file.write("x")
+        until(go.exists)
+        draw_all(*arguments)
+
+    monkeypatch.setattr(emoji, "_draw_all", slowly)
+    both = [process(cache, said) for _ in range(2)]
+    until(lambda: said.exists() and "waiting for it" in said.read_text())
+    go.touch()
+    for one in both:
+        one.join(60)
+        assert one.exitcode == 0
+    assert drawn.read_text() == "x"
+    assert len(kept(cache)) == 1
+    monkeypatch.undo()
+
+
+def test_after_a_killed_process_the_next_one_clears_and_draws(process, tmp_path, monkeypatch):
+    drawing = tmp_path / "drawing"
+
+    def endlessly(*_):
+        with drawing.open("a") as file:
+            file.write(f"{os.getpid()} ")
+        time.sleep(600)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emoji, "draw_image", endlessly)
+        killed = process(tmp_path / "cache", tmp_path / "said")
+        until(lambda: drawing.exists() and drawing.read_text().count(" ") == 2)  # both workers are at it
+    os.kill(killed.pid, signal.SIGKILL)
+    (left,) = kept(tmp_path / "cache")
+    assert left.startswith(".")
+    following = process(tmp_path / "cache", tmp_path / "said")
+    following.join(60)
+    assert following.exitcode == 0
+    (whole,) = kept(tmp_path / "cache")
+    assert not whole.startswith(".")
+    workers = [int(pid) for pid in drawing.read_text().split()]
+    until(lambda: not any(map(is_running, workers)))  # they do not outlive the process that they drew for
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie only waits for init
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_full_disk_is_named_before_anything_is_drawn_and_nothing_is_left(tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", kilobytes=64) as resize:
+        with monkeypatch.context() as patch:
+            patch.setattr(emoji, "draw_image", lambda *_: pytest.fail("drawn"))
+            with pytest.raises(
+                DataError, match=r"No space left .*need 0\.1 MB, and it has 0\.1 MB; make room"
+            ) as caught:
+                EmojiSource(SIZE, 3, cache_dir=tmp_path / "disk", workers=1)
+        assert "METASEG_CACHE=PATH" in str(caught.value)
+        assert kept(tmp_path / "disk") == []
+        resize(256)
+        source = EmojiSource(SIZE, 3, cache_dir=tmp_path / "disk", workers=1)
+        name = source.names("test")[0]
+        np.testing.assert_array_equal(source.load(name, [2])[0][0], draw_image(name, 2, SIZE, seed=0)[0])
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be kept in .*file \(.*METASEG_CACHE=PATH"):
+        EmojiSource(SIZE, 1, cache_dir=tmp_path / "file")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with rights_mean_something(), pytest.raises(DataError, match=r"closed \(Permission denied\).*see to the rights"):
+        EmojiSource(SIZE, 1, cache_dir=tmp_path / "closed")
+    assert list((tmp_path / "closed").iterdir()) == []
+
+
+@pytest.mark.usefixtures("few_classes")
+def test_a_worker_that_is_killed_is_told_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji, "draw_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(DataError, match=r"was killed, perhaps for want of memory.*dataset\.workers=1"):
+        EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
+    assert kept(tmp_path) == []
 
 
 @pytest.mark.usefixtures("few_classes")

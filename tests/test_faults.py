@@ -13,7 +13,7 @@ import pytest
 import torch
 import wandb
 import wandb_files
-from mounts import resize, small_disk
+from machine import small_disk
 from pytorch_lightning import Callback, Trainer
 from safetensors.torch import load_file
 from test_run import job, results
@@ -138,6 +138,7 @@ def test_the_death_of_wandbs_service_does_not_end_the_run(
 def test_wandb_without_disk_does_not_end_the_run(
     words: list[str], whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "run").mkdir()
     with small_disk(tmp_path / "run" / "wandb", 4):
         job(tmp_path / "run", *words)
         assert same(tmp_path / "run", whole)
@@ -169,14 +170,15 @@ def test_a_full_disk_ends_the_run_with_a_cure_and_the_same_command_goes_on(
 ) -> None:
     """The disk holds one checkpoint of 7.7 MB, not the next."""
     words = [*words, "logger=csv"]
-    with small_disk(tmp_path / "disk", 12 * 1024) as disk:
+    disk = tmp_path / "disk"
+    with small_disk(disk, 12 * 1024) as resize:
         with pytest.raises(MachineError, match=r"no room is left on the disk of .*: make some; .* with ckpt_path=last"):
             job(disk / "run", *words)
         last = disk / "run" / "checkpoints" / "last.ckpt"
         reached = torch.load(last, weights_only=True)["global_step"]
         assert 0 < reached < STEPS
         assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]  # nothing half written takes up room
-        resize(disk, 64 * 1024)
+        resize(64 * 1024)
         job(disk / "run", *words, "ckpt_path=last")
         assert same(disk / "run", whole)
 

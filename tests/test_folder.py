@@ -1,18 +1,25 @@
+import os
 import pickle
 import shutil
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus import EPS
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from trees import write_splits, write_tree
 
+from metaseg.data import opening
 from metaseg.data.folder import FolderSource, read_image, read_mask
 from metaseg.data.fss1000 import Fss1000Source, fss1000_splits
 from metaseg.data.source import SPLITS
 from metaseg.errors import DataError
+from metaseg.pictures import PictureError, read_picture
+from metaseg.pictures import read_mask as read_picture_mask
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -24,8 +31,8 @@ def tree(tmp_path):
     return root, write_splits(tmp_path / "splits.json", ["bee", "ant"], ["cat"], ["dog"])
 
 
-def warned(*arguments, **settings) -> tuple[FolderSource, str]:
-    with pytest.warns(UserWarning, match="the rest is used") as caught:
+def warned(*arguments, says="the rest is used", **settings) -> tuple[FolderSource, str]:
+    with pytest.warns(UserWarning, match=says) as caught:
         source = FolderSource(*arguments, **settings)
     assert len(caught) == 1
     return source, str(caught[0].message)
@@ -150,6 +157,64 @@ def test_images_become_rgb_squares_and_shrink_by_area(tmp_path):
     assert abs(image.astype(int) - 127).max() <= 8
 
 
+def test_grey_and_cmyk_files_are_read_as_what_they_show(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.jpg", "PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.jpg", 16), np.stack([grey] * 3, axis=-1))
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)  # red ink
+    assert abs(read_image(tmp_path / "cmyk.jpg", 16).astype(int) - [255, 0, 0]).max() <= 3
+
+
+# Formats: a file is what its content says, and only what may lie there is opened
+
+
+def test_no_file_of_a_tree_or_among_pictures_reaches_ghostscript(tree, tmp_path, monkeypatch):
+    root, splits = tree
+    marker = tmp_path / "run"
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where Pillow keeps what it has found
+    for name in ("ant/5.jpg", "bee/5.png"):
+        (root / name).write_bytes(EPS)
+    source, _ = warned(root, splits, min_images=9)
+    assert (source.count("ant"), source.count("bee")) == (9, 9)
+    for read in (
+        partial(read_image, image_size=48),
+        partial(read_mask, image_size=48),
+        read_picture,
+        read_picture_mask,
+    ):
+        with pytest.raises((OSError, PictureError)):
+            read(root / "ant/5.jpg")
+    assert not marker.exists()
+    with suppress(OSError), Image.open(root / "ant/5.jpg") as file:
+        file.load()
+    assert marker.exists()  # it would have been run
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "BMP", "PPM", "ICNS", "PCX", "JPEG2000"])
+def test_formats_that_do_not_belong_into_a_tree_are_not_opened(tree, kind):
+    root, splits = tree
+    with Image.open(root / "ant/5.jpg") as file:
+        file.convert("RGB").save(root / "ant/5.jpg", kind)
+    source, message = warned(root, splits, min_images=9)
+    assert source.count("ant") == 9
+    assert "ant/5.jpg (no known image format)" in message
+
+
+def test_an_image_larger_than_what_is_decoded_is_refused_by_its_head(tree, monkeypatch):
+    root, splits = tree
+    monkeypatch.setattr(opening, "MAX_PIXELS", 48 * 48)
+    assert quiet(root, splits).count("ant") == 10
+    monkeypatch.setattr(opening, "MAX_PIXELS", 48 * 48 - 1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="40 × image of too many pixels .*48×48"):
+        FolderSource(root, splits)
+
+
 # Faults of single files: left out, listed, and the rest is used
 
 
@@ -231,6 +296,27 @@ def test_a_long_list_ends_in_a_count(tmp_path):
     assert "ant/9.jpg, ant/10.jpg and 3 more" in message
     assert len(source.faults) == 13
     assert message.splitlines()[1] in source.report()
+
+
+def test_what_is_used_in_doubt_is_told_apart_from_what_is_left_out(tree):
+    root, splits = tree
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(root / "ant/3.jpg") as file:
+        file.save(root / "ant/3.jpg", exif=exif)
+    source, message = warned(root, splits, says="in doubt")
+    assert message.splitlines() == [
+        f"of {root} this is used, though in doubt:",
+        "1 × image with an EXIF rotation, read as it is stored (save it upright, without the rotation, and its mask "
+        "likewise): ant/3.jpg",
+    ]
+    assert source.count("ant") == 10
+    (root / "ant/4.png").unlink()
+    _, message = warned(root, splits, min_images=9)
+    assert [line.partition(":")[0] for line in message.splitlines()[::2]] == [
+        f"part of {root} is left out, the rest is used",
+        f"of {root} this is used, though in doubt",
+    ]
 
 
 # Faults of classes

@@ -1,13 +1,16 @@
 """PASCAL VOC + SBD and FP-k, on miniature trees in the published layouts."""
 
+import os
 import pickle
 import shutil
 import warnings
 
 import numpy as np
 import pytest
+from corpus import EPS, png_head
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from machine import rights_mean_something
 from omegaconf import OmegaConf
 from PIL import Image
 from trees import stripes, write_sbd, write_splits, write_tree, write_voc
@@ -199,6 +202,34 @@ def test_a_mask_without_its_image(roots):
     source, message = warned(*roots)
     assert source.count("car") == 2
     assert "1 × mask without an image (unpack img/2008_000007.jpg again): " in message
+
+
+def test_hostile_files_are_not_opened(roots):
+    """Of formats that do not belong there, too large, or pipes, on which one might wait for ever."""
+    images, masks = roots[0] / "JPEGImages", roots[0] / "SegmentationClass"
+    (images / "2007_000001.jpg").write_bytes(EPS)
+    (masks / "2007_000002.png").write_bytes(png_head(10_000))
+    (masks / "2007_000003.png").unlink()
+    os.mkfifo(masks / "2007_000003.png")
+    (masks / "2007_000004.png").unlink()
+    (masks / "2007_000004.png").symlink_to("2007_000004.png")
+    source, message = warned(*roots, {"train": ["car"], "val": ["dog"], "test": ["bus"]})
+    assert {task: source.count(task) for task in ("car", "dog", "bus")} == {"car": 1, "dog": 2, "bus": 1}
+    assert f"{images / '2007_000001.jpg'} (no known image format)" in message
+    assert "1 × image of too many pixels (cut it into parts" in message
+    assert f"{masks / '2007_000002.png'} (10000×10000)" in message
+    assert "1 × link that leads nowhere (fetch what it points to" in message
+
+
+@pytest.mark.parametrize("name", ["", "SegmentationClass", "JPEGImages"])
+def test_folders_that_may_not_be_read_are_named(roots, name):
+    (roots[0] / name).chmod(0)
+    try:
+        with rights_mean_something(), pytest.raises(DataError, match="may not be read: chmod u\\+rx it") as caught:
+            PascalSource(*roots, SPLIT, image_size=SIZE, min_images=1)
+    finally:
+        (roots[0] / name).chmod(0o700)
+    assert str(roots[0] / name) in str(caught.value)
 
 
 def test_a_class_with_too_few_images(roots):

@@ -12,7 +12,9 @@ NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 def rows() -> list[list[str]]:
     """The cells of the table under "What can go wrong"."""
-    section = (TOP / "README.md").read_text(encoding="utf-8").partition("## What can go wrong\n")[2].partition("\n## ")[0]
+    section = (
+        (TOP / "README.md").read_text(encoding="utf-8").partition("## What can go wrong\n")[2].partition("\n## ")[0]
+    )
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 

@@ -18,6 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from machine import rights_mean_something, small_disk
 from omegaconf import OmegaConf
 from PIL import Image
 from trees import write_data, write_splits, write_tree
@@ -30,7 +31,7 @@ from metaseg.data.episodes import check_counts, choose_tasks
 from metaseg.data.folder import FolderSource
 from metaseg.data.shards import IMAGE, IMAGES, META, TASKS, ShardSource, write_index, write_shards
 from metaseg.data.source import SPLITS, TaskSource, image_counts, splits_sha256
-from metaseg.errors import ConfigError, DataError
+from metaseg.errors import DataError, UserError
 from metaseg.job import build, fingerprint
 from metaseg.run import run
 
@@ -420,6 +421,37 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, mo
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt"}
 
 
+def test_a_full_disk_is_named_and_nothing_is_left(
+    original: FolderSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", kilobytes=64) as resize:
+        with pytest.raises(
+            DataError, match=r"disk/out cannot be written .*No space left.*: make room or see to the rights"
+        ):
+            write_shards(original, out, 40_000)
+        assert not list(out.parent.iterdir())
+        resize(1024)
+        write_shards(original, out, 40_000)
+        assert_same(ShardSource(out), original)
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with rights_mean_something(), pytest.raises(DataError, match=r"out cannot be written .*Permission denied"):
+        write_shards(Named("a"), tmp_path / "out", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_vanish_while_they_are_written_are_named(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", ["ant"], images=3)
+    source = FolderSource(root, {"train": ["ant"], "val": [], "test": []}, image_size=48, min_images=3)
+    (root / "ant" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"images of ant cannot be read any more .*2\.png"):
+        write_shards(source, tmp_path / "out", 2**20)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
 # The command, and a run
 
 
@@ -444,12 +476,17 @@ def test_the_command_writes_what_a_run_reads(tmp_path: Path, capsys: pytest.Capt
         (["dataset=folder", "out=x"], "dataset.root has no value: give dataset.root="),
         (["dataset=emoji"], "out has no value: give out="),
         (["out=x", "shard_mb=0"], "shard_mb=0: give a whole number, 1 or more"),
+        (["dataset=folder", "dataset.root=/nowhere", "dataset.splits=x", "out=x"], "/nowhere is not a folder"),
         (["out=x", "shards_mb=1"], "there is no key 'shards_mb'; did you mean shard_mb"),
     ],
 )
-def test_words_that_the_command_does_not_understand(words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_the_command_cannot_do_is_named(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
         shard.run(words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

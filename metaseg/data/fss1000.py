@@ -11,6 +11,7 @@ from pathlib import Path
 
 from metaseg.data.folder import FolderSource, check_known
 from metaseg.data.source import SPLITS, Split
+from metaseg.data.tree import check_folder
 from metaseg.errors import DataError
 
 NESTED = "fewshot_data"  # the public archive holds its folder of classes inside a folder of the same name
@@ -62,10 +63,9 @@ def class_root(root: str | os.PathLike[str], key: str = "root") -> Path:
         DataError: if there is none.
     """
     top, cure = Path(root).expanduser(), f"{CURE}dataset.{key}=/path/to/{NESTED}"
-    if not top.is_dir():
-        raise DataError(f"{top} is not a folder: {cure}")
+    check_folder(top, cure)
     tasks = [task for names in fss1000_splits().values() for task in names]
     for folder in (top, top / NESTED):
-        if any((folder / task).is_dir() for task in tasks):
+        if any(os.path.isdir(folder / task) for task in tasks):
             return folder
     raise DataError(f"{top} holds no class folder of FSS-1000: {cure}")

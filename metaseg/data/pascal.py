@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from scipy.io import loadmat
 
-from metaseg.data.faults import UNREADABLE, Fault, fault_lines, inspect_each, warn_of
-from metaseg.data.folder import FileSource, check_filled, check_known, read_image, read_splits, resize_mask
+from metaseg.data.faults import Fault, fault_lines, inspect_each, printable, warn_of
+from metaseg.data.folder import FileSource, check_filled, check_known, read_image, read_splits
+from metaseg.data.masks import resize_mask
+from metaseg.data.opening import TREE_FORMATS, fault_of, opened
 from metaseg.data.source import SPLITS, Split, UInt8
+from metaseg.data.tree import RIGHTS_CURE, check_folder, may_be_file
 from metaseg.errors import DataError
 
 PASCAL_CLASSES = (  # class c of a mask is PASCAL_CLASSES[c - 1]; 0 is the background
@@ -107,7 +109,7 @@ class PascalSource(FileSource):
 
     def report(self) -> str:
         """Images of each class, how many the rules left out, then each kind of fault with its places and its cure."""
-        lines = [self._where]
+        lines = [printable(self._where)]
         for split in SPLITS:
             names = self.names(split)
             counts = [f"{task} {self.count(task)}" for task in names]
@@ -157,13 +159,13 @@ class PascalSource(FileSource):
     def _look(self, pair: Pair) -> _Finding | Fault:
         at = pair.image
         try:
-            with Image.open(pair.image) as file:
+            with opened(pair.image, TREE_FORMATS) as file:
                 file.load()  # a truncated file shows only when it is decoded
                 width, height = file.size
             at = pair.labels
             labels = read_labels(pair.labels)
-        except UNREADABLE as error:
-            return Fault("unreadable file", at, "unpack it again from the archive it came in", str(error))
+        except Exception as error:  # Pillow's are of all kinds
+            return fault_of(error, at, at, "unpack it again from the archive it came in")
         if labels.shape != (height, width):
             sizes = f"{labels.shape[1]}×{labels.shape[0]}, its image {width}×{height}"
             return Fault("mask of another size than its image", at, "unpack both again from their archive", sizes)
@@ -182,10 +184,10 @@ def read_labels(path: Path) -> UInt8:
     """A map of class numbers, shape (height, width): VOC's PNG, whose palette indices they are, or SBD's MATLAB file.
 
     Raises:
-        OSError, SyntaxError, ValueError, EOFError: if the file is damaged or holds something else.
+        Exception: of all kinds, if the file is damaged or holds something else.
     """
     if path.suffix == ".png":
-        with Image.open(path) as file:
+        with opened(path, ["PNG"]) as file:
             if file.mode not in ("P", "L"):
                 raise ValueError(f"an image of mode {file.mode} instead of a palette of class numbers")
             return np.asarray(file)
@@ -206,23 +208,28 @@ def _named(which: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> frozenset[str]:
 def _folder(key: str, root: str | os.PathLike[str], parts: Sequence[str], inner: Sequence[str], cure: str) -> Path:
     """The folder that holds all `parts`: the root itself, or one that archives put inside it."""
     top = Path(root).expanduser()
-    if not top.is_dir():
-        raise DataError(f"{key}: {top} is not a folder: {cure}")
+    check_folder(top, cure, key)
     last, around = inner
     for folder in (top, top / last, top / around / last):
-        if all((folder / part).is_dir() for part in parts):
+        if all(os.path.isdir(folder / part) for part in parts):
             return folder
     raise DataError(f"{key}: {top} does not hold {' and '.join(parts)}: {cure}")
 
 
 def _pair_up(images: Path, labels: Path, suffix: str, faults: list[Fault]) -> dict[str, Pair]:
     """Each mask with its image, by stem; most of VOC's images have no mask, which is no fault."""
+    try:
+        with os.scandir(labels) as entries:
+            masks = sorted(Path(entry) for entry in entries if entry.name.endswith(suffix) and may_be_file(entry))
+    except PermissionError as error:
+        raise DataError(f"{labels} may not be read: {RIGHTS_CURE}") from error
+    check_folder(images, "unpack it again from the archive it came in")
     pairs = {}
-    for path in sorted(labels.glob(f"*{suffix}")):
+    for path in masks:
         image = images / f"{path.stem}.jpg"
         if path.name.startswith("."):  # macOS archives bring along a `._2007_000032.png` that is no mask
             continue
-        if image.is_file():
+        if os.path.isfile(image):
             pairs[path.stem] = Pair(image, path)
         else:
             faults.append(Fault("mask without an image", path, f"unpack {images.name}/{image.name} again"))

@@ -22,6 +22,7 @@ import tarfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
@@ -33,7 +34,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from metaseg.data.faults import UNREADABLE
 from metaseg.data.source import SPLITS, Split, TaskSource, UInt8
 from metaseg.errors import DataError
 
@@ -245,7 +245,7 @@ def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
         shard_bytes: a shard that has as many gets no further task; ≥ 1.
 
     Raises:
-        DataError: if `out` is there, or a task has a name that cannot be one in a tar file.
+        DataError: if `out` is there or cannot be written, or a task has a name that cannot be one in a tar file.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is already there: choose another out, or remove it")
@@ -255,24 +255,29 @@ def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
     _check_names(every, source.family)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         tasks = np.zeros(len(every), task_type(max(len(name.encode()) for name in every)))
         images, shards = bytearray(), 1
         pending = track(_encoded(source, every), "writing shards", len(every), transient=True)
-        tar = _new(partial, 0)
-        for row, (name, files) in enumerate(zip(every, pending, strict=True)):
-            if tar.offset >= shard_bytes:
-                tar.close()
-                shards += 1
-                tar = _new(partial, shards - 1)
-            tasks[row] = name.encode(), len(images) // IMAGE.itemsize, len(files), shards - 1
-            images += np.array([_add(tar, f"{name}/{i:03d}", *pair) for i, pair in enumerate(files)], IMAGE).tobytes()
-        tar.close()
+        with ExitStack() as opened:
+            tar = opened.enter_context(_new(partial, 0))
+            for row, (name, files) in enumerate(zip(every, pending, strict=True)):
+                if tar.offset >= shard_bytes:
+                    opened.close()
+                    shards += 1
+                    tar = opened.enter_context(_new(partial, shards - 1))
+                tasks[row] = name.encode(), len(images) // IMAGE.itemsize, len(files), shards - 1
+                added = [_add(tar, f"{name}/{i:03d}", *pair) for i, pair in enumerate(files)]
+                images += np.array(added, IMAGE).tobytes()
         sizes = [(partial / _shard_name(number)).stat().st_size for number in range(shards)]
         splits = {split: len(names[split]) for split in SPLITS}
         write_index(partial, source, splits, tasks, np.frombuffer(images, IMAGE), sizes)
         partial.rename(out)
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error}): make room or see to the rights, or choose another out"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -334,7 +339,10 @@ def _encoded(source: TaskSource, names: Sequence[str]) -> Iterator[list[tuple[by
     """Each task's images and masks as PNG files, in their order; threads serve, since zlib works outside the GIL."""
 
     def encode(task: str) -> list[tuple[bytes, bytes]]:
-        images, masks = source.load(task, range(source.count(task)))
+        try:
+            images, masks = source.load(task, range(source.count(task)))
+        except OSError as error:
+            raise DataError(f"the images of {task} cannot be read any more ({error}): begin again") from error
         return [(_png(image), _png(mask.astype(bool))) for image, mask in zip(images, masks, strict=True)]
 
     with ThreadPoolExecutor() as pool:
@@ -360,7 +368,7 @@ def _decoded(content: bytes, mode: str, size: int, where: str) -> UInt8:
             return np.asarray(file).astype(np.uint8)
     except DataError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # over damaged files Pillow raises all kinds
         raise DataError(f"{where}: no PNG file ({error}): {CURE}") from error
 
 
