@@ -66,6 +66,7 @@ class Fast(Adapter):
         with torch_seed(seed):
             return self._compute(batch.images, batch.masks, everything)
 
+    @torch.no_grad()
     def _compute(self, images: Tensor, masks: Tensor, everything: bool) -> Tensor:
         """Forward, loss, backward and update, in the same memory every time; returns the loss."""
         for run in self._runs:
