@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -23,7 +23,8 @@ from metaseg.models.weights import read_torch
 from metaseg.seeding import torch_seed
 from metaseg.trust import NETWORKS, check_trusted, is_plain
 
-MOST_PIXELS = 2**12  # of an image's side that a file may ask for
+MOST_PIXELS = 2**12  # of an image's side, at most, in a file
+MOST_DRAWN = 2**32  # pixels of all mini-batches of an adaptation, which lie in memory together: 17 GB
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
@@ -264,10 +265,15 @@ def _about(values: Mapping[str, Any]) -> About:
     wrong = [name for name, holds in sound.items() if not holds]
     if wrong:
         raise ValueError(f"its {wrong[0]} is not what a run writes")
+    steps, batch_size = (about.update.get(name) for name in ("steps", "batch_size"))
+    images = (steps if _is_whole(steps) else 1) * (batch_size if _is_whole(batch_size) else 1)
+    side = about.image_size or 64  # the least that there is, where it is not said
+    if images * side**2 > MOST_DRAWN:
+        raise ValueError(f"its update asks for {images} images of {side}², more than memory has")
     return about
 
 
-def _is_whole(value: Any, least: int | None = 0) -> bool:
+def _is_whole(value: Any, least: int | None = 0) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 

@@ -423,6 +423,8 @@ ABOUTS: dict[str, dict[str, Any]] = {
     "not a number": {"update": {**UPDATE, "lr": float("nan")}},
     "infinite": {"model": {**MODEL, "drop_path": float("inf")}},
     "a number of a hundred digits": {"update": {**UPDATE, "steps": 10**100}},
+    "steps without end": {"update": {**UPDATE, "steps": 10**9}},
+    "batches without end": {"update": {**UPDATE, "batch_size": 10**9}},
     "deep": {"update": {**UPDATE, "loss": [[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]}},
     "long": {"model": {**MODEL, "rsd": [16] * 2000}},
     "a field that there is none of": {"author": "me"},
