@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import About, read_about
-from metaseg.trust import read_json
+from metaseg.texts import read_json
 
 _IN_CODE = str.maketrans({"`": "'", "|": "\\|"})  # so that neither code nor the cell around it ends
 

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from metaseg.errors import ComparisonError, printable
 from metaseg.metrics import Floats, bootstrap_ci95, for_json
-from metaseg.summary import no_math
-from metaseg.trust import read_json
+from metaseg.texts import no_math, read_json
 
 Measure = Literal["iou", "loss"]
 _KINDS = {"algo": str, "batchnorm": str, "dataset": str, "splits_sha256": str, "shots": int}  # of results.json

@@ -22,7 +22,8 @@ from metaseg.engine import check_optimizer
 from metaseg.errors import ConfigError, WeightsError
 from metaseg.initialisation import read_about
 from metaseg.ranks import is_distributed
-from metaseg.trust import OWN_UPDATE, check_trusted, is_plain, read_yaml
+from metaseg.texts import is_plain, read_yaml
+from metaseg.trust import OWN_UPDATE, check_trusted
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")

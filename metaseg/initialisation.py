@@ -21,7 +21,8 @@ from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.models.network import check_network, load_network
 from metaseg.models.weights import read_torch
 from metaseg.seeding import torch_seed
-from metaseg.trust import NETWORKS, check_trusted, is_plain
+from metaseg.texts import is_plain
+from metaseg.trust import NETWORKS, check_trusted
 
 MOST_PIXELS = 2**12  # of an image's side, at most, in a file
 MOST_DRAWN = 2**32  # pixels of all mini-batches of an adaptation, which lie in memory together: 17 GB

@@ -14,8 +14,8 @@ from rich.console import Console
 from metaseg.config import initialisations
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import read_about
+from metaseg.texts import read_json
 from metaseg.tracking import to_wandb
-from metaseg.trust import read_json
 
 
 def init_artifact(path: Path) -> wandb.Artifact:

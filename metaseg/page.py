@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from metaseg.compare import FinishedRun, compare, read_run
 from metaseg.errors import ComparisonError, DataError
 from metaseg.panels import file_name
-from metaseg.summary import UNREADABLE, Job, Row, draw, grouped, natural, no_math, read_job
+from metaseg.summary import UNREADABLE, Job, Row, draw, grouped, natural, read_job
 from metaseg.sweep import read_outcome
-from metaseg.trust import read_json, read_yaml
+from metaseg.texts import no_math, read_json, read_yaml
 
 WORST = 10  # tasks that are listed
 SHOWN = 4  # of these with pictures, at most

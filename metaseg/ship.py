@@ -18,7 +18,8 @@ from metaseg.atomic import written_whole
 from metaseg.card import write_card
 from metaseg.errors import ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import read_about
-from metaseg.trust import check_trusted, read_json
+from metaseg.texts import read_json
+from metaseg.trust import check_trusted
 
 NAME = "init.safetensors"
 

@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from metaseg.errors import DataError, UserError, printable
 from metaseg.sweep import read_outcome
-from metaseg.trust import read_yaml
+from metaseg.texts import no_math, read_yaml
 
 SEED = "seed"
 WORKER = "worker"
@@ -204,11 +204,6 @@ def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     ax.margins(y=0.5 / len(table) + 0.05)
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-
-
-def no_math(text: str) -> str:
-    """For Matplotlib, which would read what is between two $ as a formula."""
-    return text.replace("$", "\\$")
 
 
 def print_table(table: Sequence[Row], jobs: int, console: Console) -> None:

@@ -26,7 +26,7 @@ from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
-from metaseg.trust import read_json
+from metaseg.texts import read_json
 
 OUTCOME = "outcome.json"
 

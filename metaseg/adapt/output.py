@@ -16,7 +16,7 @@ from PIL import Image
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError
 from metaseg.pictures import PREDICTION, overlay
-from metaseg.trust import read_json
+from metaseg.texts import read_json
 
 RECORD, INDEX, MODEL, CARD = "adaptation.json", "index.html", "adapted.safetensors", "card.md"
 PREDICTIONS = ("masks", "overlays", "probabilities")
