@@ -22,7 +22,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     root = write_tree(tmp_path_factory.mktemp("tree"), CLASSES)
     splits = write_splits(root / "splits.json", CLASSES[:2], CLASSES[2:3], CLASSES[3:])
     return (
-        *("dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "debug=fast", "logger=csv"),
+        *(
+            "dataset=folder",
+            f"dataset.root={root}",
+            f"dataset.splits={splits}",
+            "debug=fast",
+            "model.rsd=[16]",
+            "logger=csv",
+        ),
         *("model.weights=null", "trainer=cpu", "evaluate.processes=1"),
     )
 

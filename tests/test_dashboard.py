@@ -36,7 +36,13 @@ DONE = {"state": "finished"}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of finished runs: two seeds of Reptile, the baseline, a search and curves, and two broken ones."""
     top = tmp_path_factory.mktemp("runs")
-    data = [*write_data(tmp_path_factory.mktemp("data")), "debug=fast", "model.weights=null", "trainer=cpu"]
+    data = [
+        *write_data(tmp_path_factory.mktemp("data")),
+        "debug=fast",
+        "model.weights=null",
+        "model.rsd=[16]",
+        "trainer=cpu",
+    ]
     data.append("++algo.inner.steps=1")
 
     def do(name: str, *words: str) -> None:

@@ -34,6 +34,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_data(tmp_path_factory.mktemp("data"))
     quick = [
         "debug=fast",
+        "model.rsd=[16]",
         "algo.inner.steps=1",
         "model.weights=null",
         "logger=csv",
@@ -76,6 +77,7 @@ def files(folder: Path) -> set[str]:
     return {name for name in found if not name.endswith(".log") and name != "outcome.json"}
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_meta_batch_of_two_are_one_process_bit_for_bit(
     words: list[str], alone: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_two_ranks_of_a_meta_batch_of_two_are_one_process_bit_for_bit(
         assert str(ours["optimizer_states"]) == str(theirs["optimizer_states"])
 
 
+@pytest.mark.slow
 def test_uneven_shares_differ_by_the_order_of_the_sum_alone(words: list[str], tmp_path: Path) -> None:
     # a single meta-step, since a random network at 32 pixels soon makes much of a different last bit
     uneven = [*words, "mode=fit", "algo.meta_batch=3", "trainer.max_steps=1"]
@@ -113,6 +116,7 @@ def test_uneven_shares_differ_by_the_order_of_the_sum_alone(words: list[str], tm
     assert apart < 1e-6 * moved
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(words: list[str], alone: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metaseg.run", *words, *DDP, f"hydra.run.dir={tmp_path}", "ckpt_path=last"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -20,8 +20,8 @@ from metaseg.models import DeepLab, EfficientLab
 from metaseg.models.network import Dropout
 from metaseg.update import Cosine, Update
 
-SIZE, K = 32, 4
-OMEGA = Update(partial(SGD), lr=0.01, steps=K, batch_size=4, schedule=Cosine(), dropout=0.5, augment=0.5)
+SIZE, K = 32, 3
+OMEGA = Update(partial(SGD), lr=0.01, steps=K, batch_size=3, schedule=Cosine(), dropout=0.5, augment=0.5)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

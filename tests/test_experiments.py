@@ -110,6 +110,7 @@ def test_a_row_an_algorithm_and_no_run_twice(data: Words, tmp_path: Path, monkey
         main_table.main([*words, *data, "update.steps=3"])  # another configuration is another run
 
 
+@pytest.mark.slow
 def test_a_failing_run_shows_its_end(data: Words, tmp_path: Path) -> None:
     words = ["--rows", "reptile", "--tasks", "2", "--out", str(tmp_path), "--", *data, "trainer.max_steps=0"]
     with pytest.raises(SystemExit, match=r"seed 0 failed \(1\)[\s\S]*trainer.max_steps=0"):
@@ -143,6 +144,7 @@ def test_every_form_names_presets_that_there_are(
         words.clear()
 
 
+@pytest.mark.slow
 def test_an_ablation_changes_network_and_training(data: Words, in_process: list[Words], tmp_path: Path) -> None:
     rows = ["6-3", "aspp"]
     ablations.main(["--rows", *rows, "--tasks=2", "--seeds=0", "--jobs=1", f"--out={tmp_path}", "--", *data])
@@ -199,6 +201,7 @@ def test_batch_norm_policies_share_their_inner_steps(
     assert found[0]["gain"] == ""
 
 
+@pytest.mark.slow
 def test_scaling_measures_and_fills_its_page(data: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Words] = []
 
@@ -285,6 +288,7 @@ def test_a_run_is_done_until_its_configuration_or_its_initialisation_changes(
 # Five images by each way a person has
 
 
+@pytest.mark.slow
 def test_the_files_of_an_episode_go_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     init = tmp_path / "init.safetensors"

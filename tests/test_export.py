@@ -140,6 +140,7 @@ def test_an_exported_graph_gives_torchs_numbers(net: nn.Module, exported: Path, 
     torch.testing.assert_close(found, expected, atol=1e-4 if exported.suffix == ".onnx" else 1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_another_network_exports(tmp_path: Path) -> None:
     """A backbone with swish, squeeze-and-excitation and another normalisation; an ASPP and a skip decoder."""

@@ -168,10 +168,10 @@ def test_wandb_that_does_not_start_does_not_end_the_run(
 def test_a_full_disk_ends_the_run_with_a_cure_and_the_same_command_goes_on(
     words: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    """The disk holds one checkpoint of 7.7 MB, not the next."""
+    """The disk holds one checkpoint of 5.7 MB, not the next."""
     words = [*words, "logger=csv"]
     disk = tmp_path / "disk"
-    with small_disk(disk, 12 * 1024) as resize:
+    with small_disk(disk, 9 * 1024) as resize:
         with pytest.raises(MachineError, match=r"no room is left on the disk of .*: make some; .* with ckpt_path=last"):
             job(disk / "run", *words)
         last = disk / "run" / "checkpoints" / "last.ckpt"

@@ -28,6 +28,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_data(tmp_path_factory.mktemp("data"))
     quick = [
         "debug=fast",
+        "model.rsd=[16]",
         "model.weights=null",
         "logger=csv",
         "trainer=cpu",

@@ -37,6 +37,7 @@ LEFT = ("search.json", "results.json", "per_task.csv", "best.txt", "init.safeten
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     quick = [
         "debug=fast",
+        "model.rsd=[16]",
         "algo.inner.steps=1",
         "model.weights=null",
         "logger=csv",
@@ -134,6 +135,7 @@ def test_a_search_leaves_the_best_theta_and_a_second_one_returns_at_once(
         start(words, tmp_path / "b", storage, 3)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_trial_and_the_search_ends_with_all_others(words: list[str], tmp_path: Path) -> None:
     storage = str(tmp_path / "study.journal")
     fork = multiprocessing.get_context("fork")

@@ -462,7 +462,7 @@ def test_the_command_writes_what_a_run_reads(tmp_path: Path, capsys: pytest.Capt
     assert "train: 2 classes, 20 images" in said
     assert f"dataset=shards dataset.root={tmp_path / 'out'}" in said
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        common = ["debug=fast", "model.weights=null", "trainer=cpu", "logger=csv", "algo=reptile"]
+        common = ["debug=fast", "model.weights=null", "model.rsd=[16]", "trainer=cpu", "logger=csv", "algo=reptile"]
         config = compose("config", overrides=[*common, "dataset=shards", f"dataset.root={tmp_path / 'out'}"])
     (tmp_path / "run").mkdir()
     run(config, tmp_path / "run")

@@ -233,7 +233,7 @@ def test_a_study_is_complete_once_it_is_tested(tmp_path: Path, capsys: pytest.Ca
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_data(tmp_path_factory.mktemp("data"))
-    return [*data, "debug=fast", "algo.inner.steps=1", "model.weights=null"]
+    return [*data, "debug=fast", "algo.inner.steps=1", "model.weights=null", "model.rsd=[16]"]
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +265,12 @@ def headlines(folder: Path) -> dict[str, float | None]:
     return {job.folder.name: job.headline for job in read_sweep(folder)}
 
 
+@pytest.mark.slow
 def test_a_failure_ends_no_other_job_and_is_all_that_is_run_again(serial: Path) -> None:
     assert all(headline is not None for headline in headlines(serial).values())
 
 
+@pytest.mark.slow
 def test_wandb_groups_the_jobs_by_the_sweep(serial: Path) -> None:
     (path,) = (serial / "0").glob("wandb/offline-run-*/*.wandb")
     (started,) = [record.run for record in wandb_files.finished(path) if record.HasField("run")]
@@ -351,6 +353,7 @@ def test_slurm_runs_the_jobs_as_an_array(
         assert f"#SBATCH --{option}\n" in asked
 
 
+@pytest.mark.slow
 def test_a_killed_job_ends_no_other_and_a_stopped_multirun_can_go_on(words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     long = ["seed=0,1,2,3", "logger=csv", "checkpoint_every=1", "trainer.max_steps=100000", f"hydra.sweep.dir={folder}"]

@@ -31,7 +31,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     root = write_tree(tmp_path_factory.mktemp("tree"), CLASSES)
     splits = write_splits(root / "splits.json", [], CLASSES[:4], CLASSES[4:])
     return (
-        *("dataset=folder", f"dataset.root={root}", f"dataset.splits={splits}", "debug=fast", "logger=csv"),
+        *(
+            "dataset=folder",
+            f"dataset.root={root}",
+            f"dataset.splits={splits}",
+            "debug=fast",
+            "model.rsd=[16]",
+            "logger=csv",
+        ),
         *("model.weights=null", "trainer=cpu", "algo=finetune", "mode=uho", "evaluate.val_tasks=4"),
         *("uho.steps=[1,2]", "uho.random=2", "evaluate.processes=1"),
     )
