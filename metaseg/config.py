@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from metaseg.trust import OWN_UPDATE, check_trusted
 from metaseg.update import Update
 
 MODES = ("fit_test", "fit", "test", "uho", "search", "curves")
-_LEARNING_NODES = ("algo.method", "algo.outer", "algo.inner")
 SEARCHES = ("uho", "search")  # modes of which several workers may share a study
 DDP = "pytorch_lightning.strategies.DDPStrategy"
 _NODES = ("algo", "dataset", "model", "update", "trainer", "engine", "evaluate", "uho", "search", "curves")
 _LEARNING_NODES = ("algo.method", "algo.outer", "algo.inner")
 _LARGEST = torch.finfo(torch.float32).max
+_SEEDS = 2**63  # that torch's generators take
 _NUMBERS = (  # of an update procedure
     *("lr", "steps", "batch_size", "weight_decay", "l1", "dropout", "augment"),
     *("loss.label_smoothing", "loss.darc1"),
@@ -270,6 +270,8 @@ def check(config: DictConfig) -> None:
     updates = [make_update(config["update"])]
     if trains(config):
         updates.append(make_update(inner_config(config), "algo.inner"))
+        _check_outer(config)
+        _check_trainer(config)
     if config.engine["_target_"] == "metaseg.engine.auto":
         for update in updates:
             check_optimizer(update)
@@ -286,9 +288,32 @@ def _check_nodes(config: DictConfig, nodes: Sequence[str]) -> None:
             )
 
 
+def _check_outer(config: DictConfig) -> None:
+    """Have the outer optimizer take a step, as meta-training will."""
+    theta = torch.zeros(2, requires_grad=True)
+    theta.grad = torch.zeros(2)
+    try:
+        instantiate(config.algo.outer, _convert_="all")([theta]).step()
+    except Exception as error:  # each optimizer has its own checks of its options
+        raise ConfigError(
+            f"algo.outer cannot take a meta-step ({error.__cause__ or error}): mend its options, or choose one of "
+            "torch.optim whose step needs nothing but gradients, as torch.optim.SGD or Adam"
+        ) from error
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Make the trainer once; meta-training makes its own, with what only it knows."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    try:
+        instantiate(config.trainer, **dict.fromkeys(quiet, False))
+    except Exception as error:  # Lightning's own kinds, among others
+        raise ConfigError(f"trainer cannot be made of these values: {error.__cause__ or error}") from error
+
+
 def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     mode, path, evaluation = config.mode, config.ckpt_path, config.evaluate
     learns = config.algo.method is not None
+    yield not isinstance(config.algo.name, str), f"algo.name={config.algo.name}: give a name, as algo.name=mine"
     yield mode not in MODES, f"mode={mode}: choose {', '.join(MODES)}"
     yield mode == "fit" and not learns, f"algo={config.algo.name} has nothing to fit: use mode=fit_test or mode=test"
     yield (
@@ -339,7 +364,9 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
     yield from _search_rules(config)
     yield from _curves_rules(config)
     for name in ("seed", "evaluate.seed"):
-        yield _whole(name, OmegaConf.select(config, name), 0)
+        seed = OmegaConf.select(config, name)
+        yield _whole(name, seed, 0)
+        yield seed >= _SEEDS, f"{name}={seed}: give less than 2**63"
     yield _whole("checkpoint_every", config.checkpoint_every, 1, "meta-steps")
     yield _whole("workers", config.workers, 0)
     yield (
@@ -353,6 +380,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         final = config.algo.final_lr
         yield not _is_number(final) or final < 0, f"algo.final_lr={final}: give 0 or more"
         yield _whole("algo.meta_batch", config.algo.meta_batch, 1)
+    yield from _logger_rules(config.logger or {})
     engine = config.engine
     yield _whole("evaluate.processes", evaluation.processes, 1, null="for one a thread")
     yield _whole("engine.lanes", engine.get("lanes", 1), 1)
@@ -364,6 +392,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         f"trainer.accelerator={accelerator}, but torch sees no CUDA device: use trainer=cpu or trainer=auto",
     )
     trainer = config.trainer
+    yield _whole("trainer.log_every_n_steps", trainer.log_every_n_steps, 0, "meta-steps")
     if not is_distributed(config):
         yield (
             trainer.devices != 1,
@@ -449,6 +478,15 @@ def _curves_rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         "mode=curves takes its initialisations from curves.inits, and their learning rates from these files: leave "
         "ckpt_path and evaluate.lrs null",
     )
+
+
+def _logger_rules(logger: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+    for name in ("project", "name", "group", "job_type"):
+        value = logger.get(name)
+        yield not isinstance(value, str | None), f"logger.{name}={value}: give a text, a number in quotes ('\"5\"')"
+    tags = logger.get("tags", [])
+    texts = OmegaConf.is_list(tags) and all(isinstance(tag, str) for tag in tags)
+    yield not (tags == [] or texts), f"logger.tags={tags}: give a list of texts, as logger.tags=[night]"
 
 
 def _whole(name: str, value: Any, least: int, of: str = "", null: str = "") -> tuple[bool, str]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from metaseg.checkpoints import LAST
 from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, initialisations, trains
@@ -94,6 +96,9 @@ def _machine_faults(folder: Path) -> Iterator[None]:
                 f"a process that loads or scores episodes has died ({str(error).strip()}): if for want of memory, take "
                 f"fewer by workers=0 and evaluate.processes=1; {goes_on}"
             ) from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            less = "lower update.batch_size, algo.inner.batch_size, dataset.image_size or engine.lanes"
+            raise MachineError(f"there is not enough memory ({str(error).strip()}): {less}; {goes_on}") from error
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):  # also not as OSError
             raise MachineError(f"no room is left on the disk of {folder} ({error}): make some; {goes_on}") from error
         raise
@@ -143,7 +148,7 @@ def launch(hydra_main: Callable[[], Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT) if multirun else (signal.SIGTERM,):
             signal.signal(number, stop_multirun if multirun else stop_run)
         hydra_main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, MisconfigurationException) as error:
         sys.exit(f"metaseg: {error}")
 
 

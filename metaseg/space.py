@@ -31,6 +31,8 @@ def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistributi
     Raises:
         ConfigError: if a name cannot be searched, a range is none, or ω refuses one of its values or lies outside.
     """
+    if not OmegaConf.is_dict(space) or not space:
+        raise ConfigError(f"uho.space={space} holds nothing: give ranges, as {{lr: {{low: 0.01, high: 1, log: true}}}}")
     made: dict[str, BaseDistribution] = {}
     for name, entry in plain(space).items():
         if name not in SEARCHABLE:

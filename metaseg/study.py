@@ -89,10 +89,16 @@ def open_storage(place: str, key: str) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     said = f"{key}={masked(place)}"
     if "://" not in place:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        lock = JournalFileSymlinkLock(place)
-        journal = JournalFileBackend(place, lock)
-        broken = _broken_line(Path(place), lock)
+        try:
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            lock = JournalFileSymlinkLock(place)
+            journal = JournalFileBackend(place, lock)
+            lines = _lines(Path(place), lock)
+        except OSError as error:
+            raise ConfigError(f"{said} cannot be written ({error.strerror}): give another file, {key}=PATH") from error
+        if lines and not lines[0].startswith(b"{"):
+            raise ConfigError(f"{said} holds something else than studies: give another file, {key}=PATH")
+        broken = _broken_line(lines)
         if broken:
             raise ConfigError(
                 f"{said}: line {broken} is broken, as a full disk or a power cut leaves it: with no worker running, "
@@ -402,13 +408,16 @@ def draw_course(ax: Axes, study: Study) -> None:
     ax.legend(frameon=False)
 
 
-def _broken_line(journal: Path, lock: JournalFileSymlinkLock) -> int | None:
-    """The number of the first line that is not whole, from 1; Optuna would append to a torn last one."""
+def _lines(journal: Path, lock: JournalFileSymlinkLock) -> list[bytes]:
     lock.acquire()  # or a line that is being written looks torn
     try:
-        lines = journal.read_bytes().splitlines(keepends=True)
+        return journal.read_bytes().splitlines(keepends=True)
     finally:
         lock.release()
+
+
+def _broken_line(lines: Sequence[bytes]) -> int | None:
+    """The number of the first line that is not whole, from 1; Optuna would append to a torn last one."""
     for number, line in enumerate(lines, start=1):
         try:
             json.loads(line)

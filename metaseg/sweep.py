@@ -24,7 +24,7 @@ from rich.console import Console
 
 from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, initialisations, plain
-from metaseg.errors import RESUMABLE, Stopped, UserError
+from metaseg.errors import RESUMABLE, ConfigError, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
 from metaseg.texts import read_json
 
@@ -236,6 +236,8 @@ class SummaryAtTheEnd(Callback):
 
 
 def _done(config: DictConfig, folder: Path) -> float | None:
+    if not isinstance(config.skip_done, bool):  # Hydra takes `no` for a text, which would count as true
+        raise ConfigError(f"skip_done={config.skip_done}: give true or false")
     headline = finished(config, folder) if config.skip_done else None
     if headline is not None:
         Console().print(f"skip_done: {folder} has finished with this configuration", soft_wrap=True)

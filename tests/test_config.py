@@ -303,6 +303,19 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["max_dropped=1.5"], "max_dropped=1.5: give a share of the episodes, from 0 to 1"),
         (["max_dropped=null"], "max_dropped=None: give a share of the episodes"),
         (["uho.steps=[true]"], "uho.steps=\\[True\\]: give ascending steps from 1"),
+        (["seed=20000000000000000000"], "seed=2\\d+: give less than 2\\*\\*63"),
+        (["algo.name=[1]"], "algo.name=\\[1\\]: give a name"),
+        (["+algo.outer.nestrov=true"], "algo.outer cannot take a meta-step .*nestrov"),
+        (["+algo.outer.weight_decay=-1"], "algo.outer cannot take a meta-step .*weight_decay"),
+        (["algo.outer._target_=torch.optim.LBFGS"], "algo.outer cannot take a meta-step .*closure.*as torch.optim.SGD"),
+        (["algo=joint", "algo.outer._target_=torch.optim.Adan"], "algo.outer cannot take a meta-step .*Adan"),
+        (["trainer.profiler=banana"], "trainer cannot be made of these values: .*profiler"),
+        (["trainer.accelerator=banana"], "trainer cannot be made of these values: .*accelerator"),
+        (["+trainer.max_stepss=5"], "trainer cannot be made of these values: .*max_stepss"),
+        (["trainer.log_every_n_steps=banana"], "trainer.log_every_n_steps=banana: give a whole number"),
+        (["logger.tags=night"], "logger.tags=night: give a list of texts"),
+        (["logger.tags=[5]"], "logger.tags=\\[5\\]: give a list of texts"),
+        (["logger.project=[1]"], "logger.project=\\[1\\]: give a text"),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_cure(overrides: list[str], cure: str) -> None:
@@ -343,6 +356,9 @@ def test_the_command_line_fails_at_once_on_a_mistyped_key(tmp_path: Path) -> Non
         ("seed=abc", "seed=abc: give a whole number"),
         ("algo.outer=null", "algo.outer=None: it holds values of its own; change them one by one"),
         ("evaluate=5", "evaluate=5: it holds values of its own"),
+        ("model.residual=no", "model.residual=no: give true or false"),
+        ("model.drop_path=2", "model.drop_path=2: give a rate from 0 to below 1"),
+        ("model.drop_path=abc", "EfficientLab cannot be made of .*TypeError"),
     ],
 )
 def test_values_of_a_wrong_kind_are_named_without_a_traceback(override: str, said: str, tmp_path: Path) -> None:

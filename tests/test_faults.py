@@ -93,7 +93,7 @@ def test_a_killed_loader_process_ends_the_run_with_a_cure_and_the_same_command_g
     assert same(tmp_path, whole)
 
 
-def test_a_killed_scoring_process_ends_the_run_with_a_cure(
+def test_a_killed_scoring_process_ends_the_run_with_a_cure_and_the_same_command_goes_on(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, score = os.getpid(), evaluate._adapt_and_score
@@ -103,12 +103,28 @@ def test_a_killed_scoring_process_ends_the_run_with_a_cure(
             os.kill(os.getpid(), signal.SIGKILL)
         return score(*arguments)
 
-    monkeypatch.setattr(evaluate, "_adapt_and_score", die)
     words = [*words, "logger=csv", "algo=finetune", "evaluate.test_tasks=2", "evaluate.processes=2"]
-    with pytest.raises(MachineError, match="a process that loads or scores episodes has died"):
-        job(tmp_path, *words)
-    assert (tmp_path / "init.safetensors").is_file()
-    assert not (tmp_path / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_adapt_and_score", die)
+        with pytest.raises(MachineError, match="a process that loads or scores episodes has died"):
+            job(tmp_path / "run", *words)
+    assert (tmp_path / "run" / "init.safetensors").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()
+    for folder in ("run", "other"):
+        job(tmp_path / folder, *words)
+    assert same(tmp_path / "run", tmp_path / "other")
+
+
+def test_too_little_memory_ends_the_run_with_a_cure(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> torch.Tensor:
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("metaseg.fit.fit", ask)
+    said = r"there is not enough memory \(.*memory.*\): lower update.batch_size, .* with ckpt_path=last"
+    with pytest.raises(MachineError, match=said):
+        job(tmp_path, *words, "logger=csv")
 
 
 # W&B
@@ -147,18 +163,18 @@ def test_wandb_without_disk_does_not_end_the_run(
 
 
 def test_wandb_that_does_not_start_does_not_end_the_run(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(**_: object) -> None:
         raise wandb.errors.CommError("no service")
 
     monkeypatch.setattr("metaseg.tracking.wandb.init", refuse)
-    job(tmp_path, *words, "algo=finetune")
+    job(tmp_path, *words)
     said = (
         "W&B has not started (CommError: no service): this run goes on without it, its numbers are in csv/ and results"
     )
     assert said in capfd.readouterr().err
-    assert results(tmp_path)["test"]
+    assert same(tmp_path, whole)
     assert (tmp_path / "csv" / "metrics.csv").is_file()
 
 

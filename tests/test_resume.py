@@ -24,7 +24,7 @@ from metaseg.run import resumed, run
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run with a checkpoint at each meta-step and two validations."""
+    """A run with two validations."""
     data = write_data(tmp_path_factory.mktemp("data"))
     quick = [
         "debug=fast",
@@ -36,7 +36,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluate.validations=2",
         "algo.inner.steps=1",
     ]
-    return [*data, *quick, "checkpoint_every=1"]
+    return [*data, *quick]
 
 
 def start(config: DictConfig, folder: Path) -> BaseProcess:
@@ -58,41 +58,59 @@ def step_of(checkpoint: Path) -> int:
     return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.is_file() else 0
 
 
-def interrupt(config: DictConfig, folder: Path, number: signal.Signals, wait_s: float) -> tuple[int | None, int]:
-    """Start the run, and some time after its first new checkpoint send it a signal; (exit code, meta-steps done)."""
+def interrupt(
+    config: DictConfig, folder: Path, number: signal.Signals, wait_s: float, trained: bool = True
+) -> tuple[int | None, int]:
+    """Start the run, and send it a signal; (exit code, meta-steps done).
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        number: of the signal.
+        wait_s: how long after its start, or after its first new checkpoint.
+        trained: which of the two.
+    """
     last = folder / "checkpoints" / "last.ckpt"
     before = last.stat().st_mtime_ns if last.exists() else 0
     process = start(config, folder)
-    while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+    while trained and process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
         time.sleep(0.005)
-    time.sleep(wait_s)
-    assert process.pid is not None
-    os.kill(process.pid, number)
+    process.join(wait_s)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, number)
     process.join()
     return process.exitcode, step_of(last)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 16), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps", "every"), [(2, 16, 1), pytest.param(20, 120, 3, marks=pytest.mark.slow)])
 def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(
-    kills: int, steps: int, words: list[str], tmp_path: Path
+    kills: int, steps: int, every: int, words: list[str], tmp_path: Path
 ) -> None:
-    """Stopped by SIGTERM at its first checkpoint, and then so many times by SIGKILL at random moments."""
-    words = [*words, f"trainer.max_steps={steps}"]
+    """Stopped by SIGTERM at its first checkpoint, and then so many times by SIGKILL at random moments.
+
+    By turns these are in the midst of meta-training, and anywhere from the start of a run to its end.
+    """
+    words = [*words, f"trainer.max_steps={steps}", f"checkpoint_every={every}"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config, resuming = (compose("config", overrides=[*words, *more]) for more in ([], ["ckpt_path=last"]))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
+    started = time.monotonic()
     run(config, whole)
+    takes_s = time.monotonic() - started
     draw = random.Random(time.time_ns())
 
     code, reached = interrupt(resuming, broken, signal.SIGTERM, 0)
     stderr = (broken / "stderr").read_text()
     assert code == RESUMABLE, stderr
     assert f"stopped by SIGTERM at meta-step {reached}; the same command with ckpt_path=last goes on" in stderr
-    for _ in range(kills):
-        code, later = interrupt(resuming, broken, signal.SIGKILL, 0.1 * draw.random())
-        assert code == -signal.SIGKILL, (broken / "stderr").read_text()
+    for number in range(kills):
+        trained = number % 2 == 0
+        wait_s = draw.uniform(0, 0.1 if trained else 2 * takes_s / kills)
+        code, later = interrupt(resuming, broken, signal.SIGKILL, wait_s, trained)
+        assert code in (-signal.SIGKILL, 0), (broken / "stderr").read_text()  # 0: it was faster
         assert reached <= later <= steps
         reached = later
     process = start(resuming, broken)

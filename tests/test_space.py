@@ -33,6 +33,7 @@ def test_a_field_is_whole_if_omegas_is() -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
+        ({}, "uho.space={} holds nothing: give ranges"),
         ({"steps": {"low": 1, "high": 9}}, "steps come from uho.steps"),
         ({"lr": {"low": 1.0}}, "low and high"),
         ({"lr": {"low": 2.0, "high": 1.0}}, "low below high"),

@@ -414,6 +414,23 @@ def test_a_torn_line_of_a_journal_is_refused_with_its_number(tmp_path: Path, aft
     assert states(opened(str(path))) == ["COMPLETE"]
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("notes.txt", "holds something else than studies: give another file, uho.storage=PATH"),
+        ("notes.txt/study.journal", "cannot be written .*: give another file, uho.storage=PATH"),
+        ("folder", "cannot be written .*: give another file, uho.storage=PATH"),
+    ],
+)
+def test_what_is_no_journal_stays_as_it_is(place: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("mine\n")
+    with pytest.raises(ConfigError, match=said):
+        open_storage(str(tmp_path / place), "uho.storage")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
+
+
 def test_of_an_earlier_run_all_goes_but_the_initialisation_that_is_taken(tmp_path: Path) -> None:
     theta = tmp_path / "init.safetensors"
     for config, left in ((composed("mode=uho", f"ckpt_path={theta}"), [theta]), (composed("mode=search"), [])):

@@ -35,6 +35,12 @@ def config(*overrides: str) -> DictConfig:
 # One job
 
 
+def test_skip_done_is_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="skip_done=no: give true or false"):
+        recorded(lambda *_: 0.5, config("skip_done=no"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_leaves_how_it_ended_and_skip_done_returns_that(tmp_path: Path) -> None:
     taken: list[int] = []
 

@@ -108,6 +108,7 @@ def run(request: Request, console: Console) -> None:
     if config.support:
         model, learned = _adapt(init, found, request, tile, console)
         record |= learned
+    out.make()
     about = {key: value for key, value in asdict(model.about).items() if key != "seen"}  # hundreds of classes
     record |= {"about": about, "predicted": {}}
     out.write_record(record)  # from now on the files here are known as ours, also if this run is interrupted

@@ -27,16 +27,19 @@ class Output:
     """The results' folder. Files of an earlier run in it are replaced; a file of anybody else's is never touched.
 
     Args:
-        folder: made if it is not there.
+        folder: may not be there yet.
         names: of the query's files, each once.
         adapts: whether a model is written, too.
         soft: whether probabilities are.
 
     Raises:
-        ConfigError: if a file of somebody else's is in the way.
+        ConfigError: if a file of somebody else's is in the way, or one may not write there.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], *, adapts: bool, soft: bool) -> None:
+        nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"out={folder} cannot be made in {nearest}: choose another folder")
         self.folder, self.soft = folder, soft
         stems = Counter(Path(name).stem.casefold() for name in names)
         # a.jpg and a.png would both become a.png, and beside them a.jpg.png what a.jpg becomes then
@@ -54,12 +57,19 @@ class Output:
                 f"out={folder}: {foreign[0]} is there and not from an earlier run of this command; choose a new folder"
             )
         self.planned, self.files = set(planned), sorted({*earlier, *planned})
+
+    def make(self) -> None:
+        """Make the folder, once there is something to write: an adaptation that fails leaves none.
+
+        Raises:
+            ConfigError: if it cannot be made.
+        """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in {Path(name).parent for name in planned}:
-                (folder / name).mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in {Path(name).parent for name in self.planned}:
+                (self.folder / name).mkdir(exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"out={folder} cannot be made ({error.strerror}): choose another folder") from error
+            raise ConfigError(f"out={self.folder} cannot be made ({error.strerror}): choose another folder") from error
 
     def clear(self) -> None:
         """Remove an earlier run's predictions, which would pass for this one's."""

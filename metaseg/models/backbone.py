@@ -31,6 +31,8 @@ class Backbone(nn.Module):
                 str(name).partition(".")[0], timm.list_models("*efficientnet*"), n=3, cutoff=0.0
             )
             raise ConfigError(f"model.backbone={name}: timm has no such model; did you mean {' or '.join(near)}?")
+        if not 0 <= drop_path < 1:
+            raise ConfigError(f"model.drop_path={drop_path}: give a rate from 0 to below 1")
         net = timm.create_model(name, pretrained=False)
         if not isinstance(net, EfficientNet):
             raise ConfigError(

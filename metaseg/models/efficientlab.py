@@ -117,6 +117,8 @@ class EfficientLab(SegmentationNetwork):
         weights: str | None = None,
         residual: bool = True,
     ) -> None:
+        if not isinstance(residual, bool):  # Hydra takes `no` for a text, which would count as true
+            raise ConfigError(f"model.residual={residual}: give true or false")
         body = Backbone(backbone, drop_path)
         widths = body.channels
         if not rsd or list(rsd) != sorted(set(rsd), reverse=True) or not set(rsd) <= set(widths):
