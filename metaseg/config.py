@@ -289,11 +289,15 @@ def _check_nodes(config: DictConfig, nodes: Sequence[str]) -> None:
 
 
 def _check_outer(config: DictConfig) -> None:
-    """Have the outer optimizer take a step, as meta-training will."""
+    """Have the outer optimizer take two steps, as meta-training will; what is NaN in it shows in the second."""
     theta = torch.zeros(2, requires_grad=True)
     theta.grad = torch.zeros(2)
     try:
-        instantiate(config.algo.outer, _convert_="all")([theta]).step()
+        optimizer = instantiate(config.algo.outer, _convert_="all")([theta])
+        for _ in range(2):
+            optimizer.step()
+        if not torch.isfinite(theta).all():
+            raise ValueError("it makes NaN of zeros")
     except Exception as error:  # each optimizer has its own checks of its options
         raise ConfigError(
             f"algo.outer cannot take a meta-step ({error.__cause__ or error}): mend its options, or choose one of "

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.errors import ConfigError, WeightsError
@@ -26,6 +27,7 @@ from metaseg.metrics import Floats, bootstrap_ci95
 from metaseg.panels import log_picture
 from metaseg.report import SCHEMA, git_commit
 from metaseg.seeding import torch_seed
+from metaseg.texts import say
 from metaseg.update import Update
 
 SHARE = 0.95  # of the final IoU, for the steps to reach it
@@ -70,7 +72,8 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
             write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
             write_csv(summary, folder / "summary.csv")
     head = describe_curves(job) | {"wall_s": round(time.perf_counter() - started, 1)}
-    (folder / "results.json").write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
+    with written_whole(folder / "results.json") as partial:
+        partial.write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
     draw(summary, folder / "curves.png")
     log_picture(loggers, "curves", folder / "curves.png")
     show(summary, folder)
@@ -192,4 +195,4 @@ def show(summary: Sequence[Row], folder: Path) -> None:
         table.add_row(*map(str, cells), gained, f"{row['steps']:.0f}", f"{row['steps_to_95']:.0f}")
     console = Console()
     console.print(table)
-    console.print(f"curves.csv, summary.csv, curves.png, results.json: {folder}", soft_wrap=True)
+    say(f"curves.csv, summary.csv, curves.png, results.json: {folder}")

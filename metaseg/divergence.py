@@ -13,18 +13,17 @@ FIRST_EPISODES = 20  # of a run, from which on the share of dropped ones says so
 
 
 def divergence(update: Update, losses: Sequence[float]) -> str:
-    """In words, at which inner step and learning rate an adaptation went wrong that is not `Adapter.finite`.
+    """In words, behind which inner step, of which learning rate, an adaptation is not `Adapter.finite` any more.
 
     Args:
         update: ω.
         losses: of all its mini-batches, at least one, each before its step.
     """
     steps = len(losses)
-    step = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if step is not None:
-        return f"the loss of inner step {step + 1} of {steps} is {losses[step]}, at lr {update.lr_at(step):g}"
-    lr = update.lr_at(steps - 1)
-    return f"inner step {steps} of {steps}, at lr {lr:g}, left a network whose numbers are not finite"
+    taken = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), steps)
+    what = f"the loss is {losses[taken]}" if taken < steps else "the numbers are not finite"
+    when = f"after inner step {taken}" if taken else "before inner step 1"
+    return f"{what} {when} of {steps}, at lr {update.lr_at(max(0, taken - 1)):g}"
 
 
 class DroppedEpisodes:
@@ -68,11 +67,11 @@ class DroppedEpisodes:
         """
         episodes = meta_step * self.meta_batch
         telling = episodes >= FIRST_EPISODES or meta_step == self.meta_steps
-        if telling and self.count > self.most * episodes:
+        if telling and self.count / episodes > self.most:
             raise DivergedError(
                 f"{self.count} of {episodes} training episodes diverged and were dropped, more than the share "
-                f"max_dropped={self.most:g}; the last: {self.last}. Lower algo.inner.lr (or algo.outer.lr, if it is "
-                "the first inner step), or raise max_dropped"
+                f"max_dropped={self.most:g}; the last: {self.last}. Lower algo.inner.lr (algo.outer.lr, if "
+                "it is before inner step 1), or raise max_dropped"
             )
 
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The meta-test error of (θ, ω) on fixed episodes: adapt to each support set, score the query set."""
 
 import csv
+import math
 import sys
 import warnings
 from bisect import bisect_right
@@ -41,8 +42,8 @@ class Score:
         support_counts: pixel counts after the last step on support images, as many as there are query images, at
             most all; shape (images, 4).
         support_loss: their loss then.
-        diverged: where the adaptation's numbers stopped being finite (`divergence`), "" if they did not. It counts with
-            what its network predicts then: no object, and a loss that is no number.
+        diverged: where the numbers of the adaptation, or of its loss on query images, stopped being finite
+            (`divergence`), "" if they did not. It counts as finding no object, and its loss is no number.
     """
 
     task: str
@@ -413,6 +414,9 @@ def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode:
 
 
 def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
+    if not raw.finite:
+        raw.query[-1] = _nothing(episode.query)
+        raw = raw._replace(support=_nothing(episode.support[: len(episode.query)]))
     score = Score(
         task=episode.task,
         steps=tuple(raw.steps),
@@ -423,6 +427,12 @@ def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
         diverged="" if raw.finite else divergence(update, raw.losses.tolist()),
     )
     return Example(replace(episode, batches=(), rehearsal=None), raw.query[-1].prediction.cpu(), score)
+
+
+def _nothing(batch: Batch) -> _Measured:
+    """No object found, whatever a network that is none any more may predict."""
+    prediction = torch.zeros_like(batch.masks)
+    return _Measured(counts(prediction, batch.masks), torch.tensor(math.nan), prediction)
 
 
 def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:

@@ -9,12 +9,11 @@ from pathlib import Path
 import wandb
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
 
 from metaseg.config import initialisations
 from metaseg.data.source import SPLITS
 from metaseg.initialisation import read_about
-from metaseg.texts import read_json
+from metaseg.texts import read_json, say
 from metaseg.tracking import to_wandb
 
 
@@ -59,7 +58,7 @@ def _use(path: Path, run: "wandb.Run") -> None:
     try:
         run.use_artifact(init_artifact(path))
     except Exception as error:  # of the network or the server's; W&B can do without
-        Console().print(f"W&B: {path} is not noted as this run's input ({error})", soft_wrap=True)
+        say(f"W&B: {path} is not noted as this run's input ({error})")
 
 
 def _ious(path: Path) -> dict[str, float]:

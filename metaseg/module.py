@@ -35,7 +35,7 @@ class MetaModule(pl.LightningModule):
     """Learns θ, the parameters of `net`, with manual optimization.
 
     Running batch-norm statistics of θ become, at each meta-step, the mean of those that its episodes ended with. An
-    episode whose inner loop diverges is dropped: the means are over the others, and without any the gradient is zero.
+    episode whose inner loop diverges is dropped: the means are over the others, and without any θ stays as it is.
 
     Args:
         net: θ's network.
@@ -97,7 +97,8 @@ class MetaModule(pl.LightningModule):
 
         # 2. their means, over all ranks; the first written where any torch optimizer looks for a gradient
         last = [loss[-1] for loss in losses]
-        (self.theta.grad, statistics, loss), count = ranks.means(sound, gradients, all_statistics, last)
+        (gradient, statistics, loss), count = ranks.means(sound, gradients, all_statistics, last)
+        self.theta.grad = gradient if count else None  # without one no optimizer moves θ, be it by its momentum
         if count < self.meta_batch:
             self._note_dropped(self.meta_batch - count, meta_batch, learned)
         self.dropped.check(self.global_step + 1)
@@ -109,20 +110,23 @@ class MetaModule(pl.LightningModule):
         schedule.step()
         if count:
             flat_statistics(self.net).copy_(statistics)
-        if not torch.isfinite(self.theta).all():
+        kept = [part for part in optimizer.optimizer.state[self.theta].values() if isinstance(part, Tensor)]
+        if not all(torch.isfinite(part).all() for part in (self.theta, statistics, *kept)):
             raise DivergedError(
-                f"θ is not finite any more after meta-step {self.global_step}, of size {size:g}: lower algo.outer.lr"
+                f"θ, or what the outer optimizer keeps of it, is not finite any more after meta-step "
+                f"{self.global_step}, of size {size:g}: lower algo.outer.lr or algo.inner.lr"
             )
 
         # as Python numbers, for which a GPU is waited for: so the seconds are of the work, not of queueing it
         self.log("train/loss", float(loss) if count else float("nan"), prog_bar=True)  # of the last inner steps
-        self.log("train/meta_gradient_norm", float(self.theta.grad.norm()))
+        self.log("train/meta_gradient_norm", float(gradient.norm()))
         self.log("train/dropped_episodes", float(self.dropped.count))  # of the run so far
         self.log("train/seconds", time.perf_counter() - started)
 
     def _learn(self, adapt: Adapter, episode: Episode) -> Learned:
         gradient = self.algo.meta_gradient(self.net, episode, adapt)
-        return Learned(gradient, adapt.statistics().clone(), torch.stack(adapt.losses), adapt.finite())
+        finite = adapt.finite() & torch.isfinite(gradient).all()
+        return Learned(gradient, adapt.statistics().clone(), torch.stack(adapt.losses), finite)
 
     def _note_dropped(self, new: int, meta_batch: Sequence[Episode], learned: Sequence[Learned]) -> None:
         here = [

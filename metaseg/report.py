@@ -16,6 +16,7 @@ from metaseg.atomic import written_whole
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
+from metaseg.texts import say
 from metaseg.tracking import to_wandb
 
 SCHEMA = 1
@@ -84,7 +85,7 @@ def write_results(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     """Write results.json, and per_task.csv with a row an episode."""
     write_csv(rows, folder / "per_task.csv")
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    with written_whole(folder / "results.json") as partial:  # last, and whole: whoever finds it finds all
+    with written_whole(folder / "results.json") as partial:  # whole, and after the table of its episodes
         partial.write_text(text, encoding="utf-8")
 
 
@@ -99,7 +100,7 @@ def _print_table(head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation
         table.add_row(split, str(len(e.by_task)), iou, f"{low} … {high}", *others)
     console = Console()
     console.print(table)
-    console.print(f"results.json, per_task.csv, init.safetensors, checkpoints, panels: {folder}", soft_wrap=True)
+    say(f"results.json, per_task.csv, init.safetensors, checkpoints, panels: {folder}")
 
 
 def _git(folder: Path, *arguments: str) -> str:

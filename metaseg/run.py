@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
+from metaseg import ranks
 from metaseg.checkpoints import LAST
 from metaseg.config import check_overrides, config_dir, expand_update, expand_workers, initialisations, trains
 from metaseg.curves import curves
@@ -88,10 +89,12 @@ def _machine_faults(folder: Path) -> Iterator[None]:
     goes_on = "the same command goes on, a meta-training with ckpt_path=last"
     try:
         yield
-    except UserError:
+    except UserError as error:
+        if "in DataLoader worker process" in str(error):  # its message is the whole traceback there
+            raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from None
         raise
     except Exception as error:
-        if "DataLoader worker" in str(error):  # torch's RuntimeError
+        if "DataLoader worker (pid" in str(error):  # torch's RuntimeError: one that is gone
             raise MachineError(
                 f"a process that loads or scores episodes has died ({str(error).strip()}): if for want of memory, take "
                 f"fewer by workers=0 and evaluate.processes=1; {goes_on}"
@@ -99,10 +102,15 @@ def _machine_faults(folder: Path) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             less = "lower update.batch_size, algo.inner.batch_size, dataset.image_size or engine.lanes"
             raise MachineError(f"there is not enough memory ({str(error).strip()}): {less}; {goes_on}") from error
+        if ranks.size() > 1 and any(what in str(error) for what in LOST):
+            raise MachineError(f"another process of this run has ended, and says why above; {goes_on}") from error
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):  # also not as OSError
             raise MachineError(f"no room is left on the disk of {folder} ({error}): make some; {goes_on}") from error
         raise
 
+
+# what torch.distributed says where another process does not answer any more
+LOST = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Connection refused", "remote process")
 
 MODES: dict[str, Callable[[Job, Sequence[Logger], Path], float]] = {
     "fit_test": train_and_test,

@@ -18,7 +18,6 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import Trial
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
 
 from metaseg.card import write_card
 from metaseg.checkpoints import StopOnSignal
@@ -49,6 +48,7 @@ from metaseg.study import (
     value_of,
     work,
 )
+from metaseg.texts import say
 from metaseg.tracking import make_loggers
 
 LEFT = ("search.json", "best.txt", "search.png", "per_task.csv", "init.safetensors")  # by the worker that tests
@@ -111,10 +111,10 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     left = close(storage, study, f"{derive_seed(*tasks)}", searches or bool(config.worker), tested)
     if left is None:
         clear(folder, LEFT, config)
-        Console().print(f"the study in {place} has its trials; another worker tests the best", soft_wrap=True)
+        say(f"the study in {place} has its trials; another worker tests the best")
         return value_of(best)
     if not searches:
-        Console().print(f"the study in {place} has its trials; search.trials={config.search.trials} asks for no more")
+        say(f"the study in {place} has its trials; search.trials={config.search.trials} asks for no more")
         save_initialisation(winner.net, about, folder / "init.safetensors")
         write_results(left["results"], left["rows"], folder)
         write_card(folder / "init.safetensors")
@@ -124,7 +124,7 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     (folder / "best.txt").write_text("".join(overrides))
     draw(study, folder / "search.png")
     log_picture(loggers, "search", folder / "search.png")
-    Console().print(f"search.json, search.png, best.txt (use it with $(cat best.txt)): {folder}", soft_wrap=True)
+    say(f"search.json, search.png, best.txt (use it with $(cat best.txt)): {folder}")
     return headline(left["results"])
 
 
@@ -142,7 +142,7 @@ def take_trial(job: Job, study: Study, trial: Trial, folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
         raise
     except DivergedError as error:
-        Console().print(f"trial {trial.number} is lost: {error}", soft_wrap=True)
+        say(f"trial {trial.number} is lost: {error}")
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         lose(study, trial)
         return
@@ -201,7 +201,7 @@ class Course(pl.Callback):
 def summarise(study: Study, place: str) -> dict[str, Any]:
     """The numbers of search.json: validation IoUs in [0, 1], the best values, and all trials.
 
-    The value of a trial that was given up is an estimate.
+    The value of a trial that was given up is an estimate, that of one that diverged is 0.
     """
     trials, whole, first = finished(study), best_trials(study), default_trial(study)
     return {

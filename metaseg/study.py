@@ -32,13 +32,13 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from metaseg.config import SEARCHES, initialisations, plain
 from metaseg.errors import ConfigError
 from metaseg.seeding import derive_seed
+from metaseg.texts import say
 
 STALE_S = 600.0  # a worker elsewhere without a sign of life for so long is dead; clocks have to agree far better
 BEAT_S = 5.0  # between two signs of life, at least
@@ -174,7 +174,7 @@ def open_study(storage: BaseStorage, name: str, key: Sequence[int | str], random
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """Trials that have a value, be it an estimate."""
+    """Trials that have a value, be it an estimate or that of a lost one."""
     return _in(study, TrialState.COMPLETE)
 
 
@@ -220,7 +220,7 @@ def work(
             suggest(trial, space)
             take(trial)
         except UpdateFinishedTrialError:  # by another worker, to which this one gave no sign of life for `STALE_S`
-            Console().print(f"trial {trial.number} was taken for dead, and is lost", soft_wrap=True)
+            say(f"trial {trial.number} was taken for dead, and is lost")
             continue
         except BaseException:
             with suppress(UpdateFinishedTrialError):
@@ -258,7 +258,7 @@ def claim(study: Study, trials: int, default: Mapping[str, Any] | None = None, w
         if not wait:
             return None
         if not told:
-            Console().print("all trials are taken; waiting for those that other workers have not finished")
+            say("all trials are taken; waiting for those that other workers have not finished")
             told = True
         time.sleep(POLL_S)
     return None
@@ -402,7 +402,7 @@ def draw_course(ax: Axes, study: Study) -> None:
     given_up = [(trial.number, value_of(trial)) for trial in finished(study) if trial.number not in numbers]
     ax.plot(numbers, values, "o", color="#9aa5b1", markersize=4, label="trial")
     if given_up:
-        ax.plot(*zip(*given_up, strict=True), "x", color="#9aa5b1", markersize=4, label="given up, estimate")
+        ax.plot(*zip(*given_up, strict=True), "x", color="#9aa5b1", markersize=4, label="given up (estimate) or lost")
     ax.step(numbers, np.maximum.accumulate(values), where="post", color="#2f7fb8", label="best so far")
     ax.set(xlabel="trial", ylabel="IoU on validation tasks")
     ax.legend(frameon=False)

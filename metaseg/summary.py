@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from metaseg.errors import DataError, UserError, printable
 from metaseg.sweep import read_outcome
-from metaseg.texts import no_math, read_yaml
+from metaseg.texts import no_math, read_yaml, say
 
 SEED = "seed"
 WORKER = "worker"
@@ -159,7 +159,7 @@ def summarise(folder: Path) -> list[Row]:
         console.print(f"study of {len(workers)} workers, {name}; tested: {where}", markup=False, soft_wrap=True)
     print_unfinished(jobs, folder, console)
     if table:
-        console.print(f"summary.csv, summary.tex, summary.png: {folder}", soft_wrap=True)
+        say(f"summary.csv, summary.tex, summary.png: {folder}")
     return table
 
 

@@ -20,13 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, ConfigError, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
-from metaseg.texts import read_json
+from metaseg.texts import read_json, say
 
 OUTCOME = "outcome.json"
 
@@ -240,7 +239,7 @@ def _done(config: DictConfig, folder: Path) -> float | None:
         raise ConfigError(f"skip_done={config.skip_done}: give true or false")
     headline = finished(config, folder) if config.skip_done else None
     if headline is not None:
-        Console().print(f"skip_done: {folder} has finished with this configuration", soft_wrap=True)
+        say(f"skip_done: {folder} has finished with this configuration")
     return headline
 
 

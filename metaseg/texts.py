@@ -9,6 +9,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from metaseg.errors import printable
 
 MOST_DEPTH = 16  # containers in each other in a configuration
 MOST_LISTED = 1000  # values in one of them
@@ -52,6 +55,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
+
+
+def say(line: str, *, stderr: bool = False) -> None:
+    """Print a line for people as it is: what stands in brackets is no markup of Rich's, and no line is broken."""
+    Console(stderr=stderr).print(printable(line), markup=False, soft_wrap=True)
 
 
 def no_math(text: str) -> str:

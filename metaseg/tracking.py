@@ -13,10 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
 
 from metaseg.config import trains
 from metaseg.study import to_log
+from metaseg.texts import say
 
 META_STEP = "meta_step"
 METRICS = ("train", "val", "test", "train_tasks")  # first parts of the names of what W&B shows over the meta-step
@@ -26,6 +26,7 @@ AXES = {
     "search": "trial",
     "curves": "shots",
 }  # and of the others, with what they are over
+UPLOAD_S = 600  # that the end of a run waits for W&B to have all, at most: the network may be gone
 WANDB_ID = Path("wandb", "run_id.txt")  # in a run's folder: of its online W&B run, which a resumed run goes on with
 
 
@@ -121,6 +122,7 @@ def wandb_logger(save_dir: str, facts: Sequence[str | None], tags: Sequence[str]
         run = wandb.init(
             dir=save_dir,
             mode=mode,
+            settings=wandb.Settings(finish_timeout=UPLOAD_S, finish_timeout_raises=True),
             reinit="finish_previous",
             tags=[*dict.fromkeys(tag for tag in (*facts, *tags) if tag)],
             **init,
@@ -130,6 +132,8 @@ def wandb_logger(save_dir: str, facts: Sequence[str | None], tags: Sequence[str]
         _define_axes(run)
     except Exception as error:  # as in `attempt`
         _say(f"W&B has not started ({type(error).__name__}: {error})")
+        with suppress(Exception):  # of what did start
+            wandb.teardown(exit_code=1)
         return None
     return AxesLogger(experiment=run)
 
@@ -156,19 +160,18 @@ def close_loggers(loggers: Sequence[Logger], exit_code: int) -> None:
 
 def _wandb_mode() -> Literal["online", "offline"] | None:
     """What `wandb.init` shall do; None leaves it to WANDB_MODE. Says which, and how to change it."""
-    console = Console()
     if "WANDB_MODE" in os.environ:
-        console.print(f"W&B: {os.environ['WANDB_MODE']}, as WANDB_MODE says")
+        say(f"W&B: {os.environ['WANDB_MODE']}, as WANDB_MODE says")
         return None
     try:
         online = wandb.login(prompt=False)
     except Exception as error:  # there is a key, but the server refuses it or is out of reach
-        console.print(f"W&B: offline, for the login failed ({error})")
+        say(f"W&B: offline, for the login failed ({error})")
         return "offline"
-    console.print("W&B: online" if online else "W&B: offline; `wandb login` for online runs, `wandb sync DIR` for this")
+    say("W&B: online" if online else "W&B: offline; `wandb login` for online runs, `wandb sync DIR` for this")
     return "online" if online else "offline"
 
 
 def _say(what: str, more: str = "") -> None:
     said = f"{what}: this run goes on without it, its numbers are in csv/ and results.json{more}"
-    Console(stderr=True).print(said, soft_wrap=True, markup=False)
+    say(said, stderr=True)

@@ -20,7 +20,6 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import Trial
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
 from rich.progress import Progress
 
 from metaseg.card import write_card
@@ -49,6 +48,7 @@ from metaseg.study import (
     value_of,
     work,
 )
+from metaseg.texts import say
 from metaseg.update import Update
 
 LEAST_TASKS = 4  # of which a trial may be given up
@@ -89,10 +89,10 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     left = close(storage, study, f"{derive_seed(*tasks)}", searches or bool(config.worker), test)
     if left is None:
         clear(folder, LEFT, config)
-        Console().print(f"the study in {said} has its trials; another worker tests ω*", soft_wrap=True)
+        say(f"the study in {said} has its trials; another worker tests ω*")
         return value_of(best_trials(study)[0])
     if not searches:
-        Console().print(f"the study in {said} has its trials; uho.trials={config.uho.trials} asks for no more")
+        say(f"the study in {said} has its trials; uho.trials={config.uho.trials} asks for no more")
         save_initialisation(job.net, about, folder / "init.safetensors")
     write_results(left["results"], left["rows"], folder)
     write_card(folder / "init.safetensors")
@@ -100,7 +100,7 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
     OmegaConf.save(OmegaConf.create(about.update), folder / "update.yaml")
     draw(study, folder / "uho.png")
     log_picture(loggers, "uho", folder / "uho.png")
-    Console().print(f"uho.json, uho.png, update.yaml (use it with update=PATH): {folder}", soft_wrap=True)
+    say(f"uho.json, uho.png, update.yaml (use it with update=PATH): {folder}")
     return float(left["record"]["test"]["iou"]["mean"])
 
 

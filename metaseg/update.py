@@ -150,6 +150,15 @@ class Update:
             "adapts": (self.adapts in get_args(Part), f"one of {get_args(Part)}"),
         }
         _refuse("update", self, rules)
+        _refuse("update", self, {"schedule": (self._has_rates(), "one whose rates are finite and not below 0")})
+
+    def _has_rates(self) -> bool:
+        """Whether the learning rate can be one at each step; of many steps a thousand are asked."""
+        asked = {*range(0, self.steps, max(1, self.steps // 1000)), self.steps - 1}
+        try:
+            return all(0 <= self.lr_at(step) < math.inf for step in asked)
+        except OverflowError:
+            return False
 
     def lr_at(self, step: int) -> float:
         """The learning rate of inner step number `step`, from 0."""

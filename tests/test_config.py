@@ -306,6 +306,7 @@ def test_right_overrides_pass(right: list[str]) -> None:
         (["seed=20000000000000000000"], "seed=2\\d+: give less than 2\\*\\*63"),
         (["algo.name=[1]"], "algo.name=\\[1\\]: give a name"),
         (["+algo.outer.nestrov=true"], "algo.outer cannot take a meta-step .*nestrov"),
+        (["+algo.outer.momentum=nan"], "algo.outer cannot take a meta-step .*NaN of zeros"),
         (["+algo.outer.weight_decay=-1"], "algo.outer cannot take a meta-step .*weight_decay"),
         (["algo.outer._target_=torch.optim.LBFGS"], "algo.outer cannot take a meta-step .*closure.*as torch.optim.SGD"),
         (["algo=joint", "algo.outer._target_=torch.optim.Adan"], "algo.outer cannot take a meta-step .*Adan"),

@@ -1,6 +1,7 @@
 """Runs of two processes on the CPU: the same as one process's, one set of files, stopped by a signal to either."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +15,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from trees import write_data
 
+from metaseg import ranks
+from metaseg.adapt import Adapter
+from metaseg.algos import Reptile
 from metaseg.config import check, config_dir
 from metaseg.data.episodes import MetaBatches
+from metaseg.episode import Episode
 from metaseg.errors import RESUMABLE, ConfigError
 from metaseg.job import build
 from metaseg.ranks import check_launchable
@@ -114,6 +120,50 @@ def test_uneven_shares_differ_by_the_order_of_the_sum_alone(words: list[str], tm
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)
     assert moved > 0.1
     assert apart < 1e-6 * moved
+
+
+class OnlyRank0(Reptile):
+    """Whose inner loops come to nothing on the other rank."""
+
+    def meta_gradient(self, theta: nn.Module, episode: Episode, adapt: Adapter) -> Tensor:
+        return super().meta_gradient(theta, episode, adapt) * (math.nan if ranks.rank() else 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [0.4, 0.5])
+def test_what_one_rank_drops_both_know(most: float, words: list[str], tmp_path: Path) -> None:
+    bad = [f"algo.method._target_={__name__}.OnlyRank0", f"max_dropped={most}", f"hydra.run.dir={tmp_path}"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "metaseg.run", *words, *DDP, *bad],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stderr.count("1 training episodes diverged and were dropped; the last: meta-step 1, task") == 1
+    if most < 0.5:
+        assert done.returncode == 1, done.stderr
+        assert f"{STEPS} of {2 * STEPS} training episodes diverged and were dropped, more than" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_death_of_one_rank_ends_the_other_with_a_cure(words: list[str], alone: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "metaseg.run", *words, *DDP, f"hydra.run.dir={tmp_path}", "ckpt_path=last"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.01)
+    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "another process of this run has ended" in stderr
+    assert "Traceback" not in stderr
+    run(composed(*words, "trainer=cpu", "ckpt_path=last"), tmp_path)
+    assert everything(tmp_path) == everything(alone)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Numbers that go wrong: inner loops that diverge, while meta-training, at evaluation and on people's own images."""
 
+import csv
 import json
 import math
 import multiprocessing
@@ -17,7 +18,7 @@ from test_adapt import OMEGA, Net, episode
 from test_module import INNER, META_BATCH, STEPS, Source, fit, make_data, make_net
 from test_run import job, results
 from torch import Tensor, distributed, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from trees import write_data
 
 import metaseg
@@ -33,7 +34,7 @@ from metaseg.errors import ConfigError, DivergedError
 from metaseg.evaluate import Scoring, evaluate
 from metaseg.losses import segmentation_loss
 from metaseg.metrics import counts, mean_iou, predicted
-from metaseg.update import Constant, Cosine, Update
+from metaseg.update import Constant, Cosine, Step, Update
 
 TOO_HIGH = 1e30  # a learning rate
 BAD = "train-2"  # the task that diverges
@@ -79,15 +80,19 @@ def test_an_adaptation_knows_whether_its_numbers_are_finite(engine: type[Adapter
     assert all(math.isfinite(loss) for loss in last.losses)
     last.phi.head.bias.data.fill_(math.inf)
     assert not last.finite()
+    for module in sound.phi.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(math.inf)
+    assert not sound.finite()
 
 
 @pytest.mark.parametrize(
     ("schedule", "losses", "said"),
     [
-        (Constant(), [0.7, 2.0, NAN, NAN], "the loss of inner step 3 of 4 is nan, at lr 0.1"),
-        (Constant(), [math.inf], "the loss of inner step 1 of 1 is inf, at lr 0.1"),
-        (Cosine(), [0.7, 0.5, NAN, 1.0], "the loss of inner step 3 of 4 is nan, at lr 0.05"),
-        (Constant(), [0.7, 9.0], "inner step 2 of 2, at lr 0.1, left a network whose numbers are not finite"),
+        (Constant(), [0.7, 2.0, NAN, NAN], "the loss is nan after inner step 2 of 4, at lr 0.1"),
+        (Constant(), [math.inf], "the loss is inf before inner step 1 of 1, at lr 0.1"),
+        (Cosine(), [0.7, 0.5, 0.4, NAN], "the loss is nan after inner step 3 of 4, at lr 0.05"),
+        (Constant(), [0.7, 9.0], "the numbers are not finite after inner step 2 of 2, at lr 0.1"),
     ],
 )
 def test_where_it_went_wrong_is_said_with_step_and_rate(
@@ -121,7 +126,7 @@ def test_a_diverged_episode_is_dropped_and_the_mean_is_of_the_others(one_bad_tas
     torch.testing.assert_close(flat(learner.net), start)
     torch.testing.assert_close(flat_statistics(learner.net), statistics)
     assert learner.dropped.count == sum(tasks.count(BAD) for tasks in drawn)
-    said = f"task {BAD}: the loss of inner step 1 of 2 is nan, at lr 0.1"
+    said = f"task {BAD}: the loss is nan before inner step 1 of 2, at lr 0.1"
     assert any(said in str(warning.message) for warning in caught)
 
 
@@ -134,7 +139,10 @@ def test_too_many_dropped_episodes_end_the_run_and_leave_its_checkpoint(
         warnings.simplefilter("ignore")
         fit(tmp_path / "as many", STEPS, max_dropped=share)
         counted = rf"^{one_bad_task.count(BAD)} of {len(one_bad_task)} training episodes .* max_dropped=.*"
-        said = rf"meta-step \d, task {BAD}: the loss of inner step 1 of 2 is nan, at lr 0\.1\. Lower algo\.inner\.lr"
+        last = (len(one_bad_task) - 1 - one_bad_task[::-1].index(BAD)) // META_BATCH + 1
+        said = (
+            rf"meta-step {last}, task {BAD}: the loss is nan before inner step 1 of 2, at lr 0\.1\. Lower algo\.inner"
+        )
         with pytest.raises(DivergedError, match=counted + said):
             fit(tmp_path / "more", STEPS, max_dropped=share - 0.01)
     kept = torch.load(tmp_path / "more" / f"step={STEPS - 1}.ckpt", weights_only=True)
@@ -183,20 +191,56 @@ def test_an_outer_step_too_long_is_told_at_once(tmp_path: Path, monkeypatch: pyt
         return torch.full_like(flat(theta), 1e10)
 
     monkeypatch.setattr(Reptile, "meta_gradient", huge)
-    said = r"^θ is not finite any more after meta-step 1, of size 1e\+30: lower algo\.outer\.lr$"
+    said = r"^θ, or what .* is not finite any more after meta-step 1, of size 1e\+30: lower algo\.outer\.lr or"
     with pytest.raises(DivergedError, match=said):
         fit(tmp_path, STEPS, outer=partial(SGD, lr=1e30))
     assert not list(tmp_path.iterdir())
 
 
+def test_an_outer_optimizer_does_not_keep_infinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's mean of squares overflows before θ does, which then hardly moves any more."""
+
+    def large(self: Reptile, theta: nn.Module, episode: Episode, adapt: Adapter) -> Tensor:
+        adapt(theta, episode)
+        return torch.full_like(flat(theta), 1e23)
+
+    monkeypatch.setattr(Reptile, "meta_gradient", large)
+    with pytest.raises(DivergedError, match=r"what the outer optimizer keeps of it, is not finite .* meta-step 1,"):
+        fit(tmp_path, STEPS, outer=partial(Adam, lr=0.1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_sound_episode_nothing_moves_theta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even Adam's momentum; and a pseudo-gradient that is no number is dropped like an inner loop's."""
+    taken: list[str] = []
+
+    def fails_later(self: Reptile, theta: nn.Module, episode: Episode, adapt: Adapter) -> Tensor:
+        adapt(theta, episode)
+        taken.append(episode.task)
+        return torch.full_like(flat(theta), 1.0 if len(taken) <= 2 * META_BATCH else NAN)
+
+    monkeypatch.setattr(Reptile, "meta_gradient", fails_later)
+    two, _ = fit(tmp_path / "two", 2, outer=partial(Adam, lr=0.1))
+    taken.clear()
+    with pytest.warns(UserWarning, match="the numbers are not finite after inner step 2 of 2"):
+        all_steps, _ = fit(tmp_path / "all", STEPS, outer=partial(Adam, lr=0.1), max_dropped=1.0)
+    assert all_steps.dropped.count == (STEPS - 2) * META_BATCH
+    assert torch.equal(flat(all_steps.net), flat(two.net))
+    assert torch.equal(flat_statistics(all_steps.net), flat_statistics(two.net))
+    assert not torch.equal(flat(two.net), flat(make_net()))
+
+
 def test_the_command_names_task_step_and_rate_and_keeps_what_there_was(tmp_path: Path) -> None:
     data = write_data(tmp_path)
     words = [*data, "algo=reptile", "logger=csv", "mode=fit", f"algo.inner.lr={TOO_HIGH}"]
-    said = r"4 of 4 .* task class_[01]: the loss of inner step 2 of 2 is nan, at lr 1e\+30\. Lower algo\.inner\.lr"
+    said = r"4 of 4 .* task class_[01]: the loss is nan after inner step 1 of 2, at lr 1e\+30\. Lower algo\.inner\.lr"
     with pytest.warns(UserWarning, match="dropped"), pytest.raises(DivergedError, match=said):
         job(tmp_path / "run", *words)
     with pytest.warns(UserWarning, match="dropped"):
-        job(tmp_path / "run", *words, "max_dropped=1")  # θ has not moved
+        job(tmp_path / "run", *words, "max_dropped=1")
+    with (tmp_path / "run" / "csv" / "metrics.csv").open(newline="") as file:
+        counted = [row["train/dropped_episodes"] for row in csv.DictReader(file)]
+    assert [float(count) for count in counted if count] == [2, 4]
 
 
 def _rank(place: int, store: str, told: "multiprocessing.Queue[object]") -> None:
@@ -235,17 +279,43 @@ def test_a_trial_that_diverges_is_lost_and_the_search_goes_on(tmp_path: Path) ->
         job(tmp_path / "search", *words)
     record = json.loads((tmp_path / "search" / "search.json").read_text())
     assert (record["trials"], record["given_up"]) == (2, 1)
+    assert [trial["value"] for trial in record["history"] if trial.get("given_up")] == [0]
     assert record["values"] == {"algo.inner.lr": 0.05}
 
 
+def test_a_search_of_which_all_trials_diverge_says_so(tmp_path: Path) -> None:
+    words = [*write_data(tmp_path), "mode=search", "logger=csv", "search.trials=1", f"algo.inner.lr={TOO_HIGH}"]
+    words += [f"search.storage={tmp_path}/journal", "search.space.algo.inner.lr={low:1e30,high:1e31}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DivergedError, match=r"all trials have diverged: lower the learning rates of search\.space"):
+            job(tmp_path / "search", *words)
+
+
 # Evaluation
+
+
+def test_what_a_diverged_network_predicts_by_chance_does_not_count() -> None:
+    omega = replace(INNER, lr=1e10, steps=5, adapts="head", batchnorm="support")
+    episodes = EvaluationEpisodes(Source(), "val", ["val-0", "val-1"], omega, shots=2, queries=2, draws=1, seed=0)
+    lanes = auto(make_net(), omega)
+    (adapt,) = lanes.adapters
+    episode = episodes[0]
+    adapt(make_net(), episode)
+    guessed = predicted(adapt.predict(episode.query.images, episode.support))
+    assert mean_iou(counts(guessed, episode.query.masks)) > 0.1
+    with pytest.warns(UserWarning, match="2 of 2 adaptations diverged, and count as finding no object"):
+        found = evaluate(Scoring(make_net(), episodes, omega, auto), title="test", examples=1)
+    assert found.iou == pytest.approx(0, abs=1e-6)
+    assert not found.examples[0].prediction.any()
+    assert [math.isnan(score.losses[-1]) for score in found.scores] == [True, True]
 
 
 def test_a_diverged_adaptation_counts_as_finding_nothing_and_is_told() -> None:
     omega = replace(INNER, lr=TOO_HIGH)
     episodes = EvaluationEpisodes(Source(), "val", ["val-0", "val-1"], omega, shots=2, queries=2, draws=1, seed=0)
     with pytest.warns(
-        UserWarning, match=r"2 of 2 adaptations diverged, .*task val-0: the loss of inner step 2 of 2 is nan"
+        UserWarning, match=r"2 of 2 adaptations diverged, .*task val-0: the loss is nan after inner step 1 of 2"
     ):
         found = evaluate(Scoring(make_net(), episodes, omega, auto), title="test")
     assert found.iou == pytest.approx(0, abs=1e-6)
@@ -269,8 +339,8 @@ def test_a_run_whose_adaptations_all_diverge_leaves_valid_json(tmp_path: Path) -
 
 
 def test_no_number_is_no_object() -> None:
-    logits = torch.tensor([[1.0, NAN, 0.0, -1.0, NAN], [2.0, 5.0, 0.0, -3.0, NAN]]).view(1, 2, 1, 5)
-    assert predicted(logits).flatten().tolist() == [1, 0, 0, 0, 0]
+    logits = torch.tensor([[1.0, NAN, 0.0, -1.0, NAN, 5.0], [2.0, 5.0, 0.0, -3.0, NAN, NAN]]).view(1, 2, 1, 6)
+    assert predicted(logits).flatten().tolist() == [1, 0, 0, 0, 0, 0]
 
 
 # People's own images
@@ -280,7 +350,7 @@ def test_peoples_own_adaptation_says_where_it_went_wrong(theta: Path) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(2)]
     masks = [(image[..., 0] > 128).astype(np.uint8) for image in images]
-    said = r"the adaptation diverged \(.*inner step \d of 3.* lr 1e\+30.*\): lower update\.lr, which is 1e\+30"
+    said = r"the adaptation diverged \(.* inner step \d of 3, at lr 1e\+30\): lower update\.lr, which is 1e\+30"
     with pytest.raises(DivergedError, match=said):
         metaseg.load(theta, device="cpu").adapt(images, masks, update={"lr": TOO_HIGH, "steps": 3})
 
@@ -335,6 +405,15 @@ def test_one_image_is_enough_under_every_batch_norm_policy(model: str, policy: s
     found = results(tmp_path / "run")
     assert (found["test"]["diverged"], found["batchnorm"]) == (0, policy)
     assert math.isfinite(found["test"]["loss"]["mean"])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(final=-1.0), Cosine(final=math.inf), Step(every=0.01, factor=1e30), Step(every=0.5, factor=-1.0)],
+)
+def test_schedules_whose_rates_cannot_be_are_refused(schedule: Callable[[float], float]) -> None:
+    with pytest.raises(ConfigError, match=r"update\.schedule=.*: give one whose rates are finite and not below 0"):
+        replace(OMEGA, steps=100, schedule=schedule)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, math.inf, NAN])

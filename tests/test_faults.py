@@ -21,7 +21,8 @@ from trees import write_data
 
 from metaseg import evaluate
 from metaseg.atomic import written_whole
-from metaseg.errors import MachineError
+from metaseg.errors import DataError, MachineError
+from metaseg.tracking import UPLOAD_S, _wandb_mode, close_loggers, wandb_logger
 
 STEPS = 4
 
@@ -115,6 +116,19 @@ def test_a_killed_scoring_process_ends_the_run_with_a_cure_and_the_same_command_
     assert same(tmp_path / "run", tmp_path / "other")
 
 
+@pytest.mark.parametrize(("error", "what"), [(ValueError, ".*a bug of ours"), (DataError, "a bug of ours$")])
+def test_an_error_in_a_scoring_process_stays_what_it_is(
+    error: type[Exception], what: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("a bug of ours")
+
+    monkeypatch.setattr(evaluate, "_adapt_and_score", fail)
+    with pytest.raises(error, match=f"(?s)^{what}") as raised:
+        job(tmp_path, *words, "logger=csv", "algo=finetune", "evaluate.test_tasks=2", "evaluate.processes=2")
+    assert not isinstance(raised.value, MachineError)
+
+
 def test_too_little_memory_ends_the_run_with_a_cure(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +190,38 @@ def test_wandb_that_does_not_start_does_not_end_the_run(
     assert said in capfd.readouterr().err
     assert same(tmp_path, whole)
     assert (tmp_path / "csv" / "metrics.csv").is_file()
+
+
+def test_an_upload_that_never_ends_does_not_hold_up_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = wandb_logger(str(tmp_path), [], [], project="metaseg")
+    assert logger
+    settings = logger.experiment.settings  # by which W&B raises a TimeoutError then
+    assert (settings.finish_timeout, settings.finish_timeout_raises) == (UPLOAD_S, True)
+    finish = wandb.Run.finish
+
+    def too_late(run: wandb.Run, exit_code: int | None = None) -> None:
+        finish(run, exit_code)
+        raise TimeoutError("not all is uploaded")
+
+    monkeypatch.setattr(wandb.Run, "finish", too_late)
+    close_loggers([logger], 0)
+    assert "W&B has failed (TimeoutError: not all is uploaded): this run goes on" in capsys.readouterr().err
+    assert wandb.run is None
+
+
+@pytest.mark.parametrize("said", ["cannot read [/root/.netrc]", "line\nbreaks"])
+def test_whatever_wandb_says_is_shown_as_it_is(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("metaseg.tracking.wandb.login", refuse)
+    assert _wandb_mode() == "offline"
+    assert said.replace("\n", "\\n") in capsys.readouterr().out
 
 
 # A disk that fills up
