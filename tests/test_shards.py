@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from machine import rights_mean_something, small_disk
 from omegaconf import OmegaConf
@@ -393,14 +395,67 @@ def test_long_names_and_names_of_any_script_come_back(tmp_path: Path) -> None:
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shards(Named("fine", "killed"), tmp_path / "out", 1)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "out.partial").mkdir()  # of one that was killed
-    (tmp_path / "out.partial" / "shard-000009.tar").write_bytes(b"half")
+    assert what_lies_in(tmp_path) == set()
+    left = tmp_path / ".out.0123.partial"  # of one that was killed
+    left.mkdir()
+    (left / "shard-000009.tar").write_bytes(b"half")
     with pytest.raises(DataError, match="there is no"):
-        ShardSource(tmp_path / "out.partial")
+        ShardSource(left)
+    (tmp_path / "out.partial").mkdir()  # somebody's own
     write_shards(Named("fine"), tmp_path / "out", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert what_lies_in(tmp_path) == {"out", "out.partial"}
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def what_lies_in(folder: Path) -> set[str]:
+    """But for the lock of `out`, which stays."""
+    return {path.name for path in folder.iterdir()} - {".out.lock"}
+
+
+class Overtaken(Named):
+    """While its names are asked for, or its images, another writer does something."""
+
+    def __init__(self, *names: str, at: str, does: Callable[[], object]) -> None:
+        super().__init__(*names)
+        self.at, self.does = at, does
+
+    def names(self, split: str) -> Sequence[str]:
+        if self.at == "names" and split == "train":
+            self.does()
+        return super().names(split)
+
+    def load(self, task: str, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self.at == "load":
+            self.does()
+        return super().load(task, which)
+
+
+def test_of_two_writers_the_second_waits_and_takes_nothing_from_the_first(tmp_path: Path) -> None:
+    out, held = tmp_path / "out", []
+
+    def asks_for_the_lock() -> None:
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".out.lock").acquire(timeout=0)
+        held.append(True)
+
+    write_shards(Overtaken("first", at="load", does=asks_for_the_lock), tmp_path / "out", 1)
+    assert held
+    shutil.rmtree(out)
+    with pytest.raises(DataError, match="out is already there: choose another out"):
+        write_shards(Overtaken("second", at="names", does=lambda: write_shards(Named("first"), out, 1)), out, 1)
+    assert list(ShardSource(out).names("train")) == ["first"]
+    assert what_lies_in(tmp_path) == {"out"}
+
+
+def test_without_locks_the_slower_writer_takes_nothing_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError))
+    with pytest.raises(DataError, match=r"out cannot be written .*not empty.*choose another out"):
+        write_shards(Overtaken("second", at="load", does=lambda: write_shards(Named("first"), out, 1)), out, 1)
+    assert list(ShardSource(out).names("train")) == ["first"]
+    assert what_lies_in(tmp_path) == {"out"}
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +485,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
             DataError, match=r"disk/out cannot be written .*No space left.*: make room or see to the rights"
         ):
             write_shards(original, out, 40_000)
-        assert not list(out.parent.iterdir())
+        assert what_lies_in(out.parent) == set()
         resize(1024)
         write_shards(original, out, 40_000)
         assert_same(ShardSource(out), original)
@@ -449,7 +504,7 @@ def test_images_that_vanish_while_they_are_written_are_named(tmp_path: Path) -> 
     (root / "ant" / "2.png").unlink()
     with pytest.raises(DataError, match=r"images of ant cannot be read any more .*2\.png"):
         write_shards(source, tmp_path / "out", 2**20)
-    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    assert what_lies_in(tmp_path) == {"tree"}
 
 
 # The command, and a run
