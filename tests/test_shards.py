@@ -265,6 +265,16 @@ def put(field: str, value: int) -> Callable[[np.ndarray], None]:
     return alter
 
 
+def rename(**names: bytes) -> Callable[[np.ndarray], None]:
+    """Other names of the tasks of a row: a.b, bee, Ähre, cow, ant, dog."""
+
+    def alter(array: np.ndarray) -> None:
+        for row, name in names.items():
+            array["name"][int(row[1:])] = name
+
+    return alter
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -281,10 +291,18 @@ def put(field: str, value: int) -> Callable[[np.ndarray], None]:
         (change(splits={"train": 6}), "does not describe shards"),
         (change(splits={"train": 3, "val": 1, "test": 3}), "are not of this shards.json"),
         (change(image_size=40), "images of 40²: write a multiple of 16"),
+        (change(image_size=2**20), "images of 1048576²: write a multiple of 16 from 32 to 4096"),
+        (change(image_size=2**40), "images of 1099511627776²: write a multiple of 16"),
         (change(shards="many"), "does not describe shards"),
         (reindex(TASKS, lambda array: np.array([{"run": "this"}])), "tasks.npy is no array of NumPy's"),
         (reindex(TASKS, lambda array: array["first"].copy()), "are not of this shards.json"),
         (reindex(IMAGES, lambda array: array["start"].copy()), "are not of this shards.json"),
+        (reindex(TASKS, put("count", 2**32 - 1)), "tasks.npy: a task has images that images.npy has not: copy the"),
+        (reindex(TASKS, put("first", 2**64 - 1)), "tasks.npy: a task has images that images.npy has not"),
+        (reindex(TASKS, put("first", 31)), "tasks.npy: a task has images that images.npy has not"),
+        (reindex(TASKS, rename(_1=b"bee\xc3", _2=b"\xa4hre")), "tasks.npy: a name is no text"),
+        (reindex(TASKS, rename(_0=b"ant")), "tasks.npy: a task is in two splits, or twice in one"),
+        (reindex(TASKS, rename(_0=b"bee", _1=b"a.b")), "tasks.npy: the names are not in their order"),
     ],
 )
 def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None], said: str) -> None:
@@ -297,7 +315,6 @@ def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None]
     ("damage", "said"),
     [
         (reindex(TASKS, put("shard", 99)), "image 0 of ant does not lie in .*shard-000099.tar"),
-        (reindex(TASKS, put("first", 10**6)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("start", 2**63)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("image", 2**32 - 1)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("mask", 2**32 - 1)), "image 0 of ant does not lie in"),
@@ -308,6 +325,18 @@ def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None]
 def test_an_index_that_points_elsewhere_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(copy)
     with pytest.raises(DataError, match=said):
+        ShardSource(copy).load("ant", [0])
+
+
+def test_an_image_larger_than_one_can_be_is_not_fetched(copy: Path) -> None:
+    """Though the shard has so many bytes."""
+    damage = reindex(IMAGES, put("image", 4 * 32**2 + 2**16 + 1))
+    damage(copy)
+    meta = json.loads((copy / META).read_text())
+    for number, length in enumerate(meta["shards"]):
+        os.truncate(copy / f"shard-{number:06d}.tar", length + 10**6)
+    change(shards=[length + 10**6 for length in meta["shards"]])(copy)
+    with pytest.raises(DataError, match="image 0 of ant does not lie in"):
         ShardSource(copy).load("ant", [0])
 
 

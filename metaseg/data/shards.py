@@ -42,6 +42,7 @@ META, TASKS, IMAGES = "shards.json", "tasks.npy", "images.npy"
 IMAGE = np.dtype([("start", "<u8"), ("image", "<u4"), ("mask", "<u4")])
 BLOCK = tarfile.BLOCKSIZE
 MOST_NAMES = 95_000_000  # bytes as JSON: the head of a safetensors file, 100 MB, has to hold them
+MOST_SIDE = 4096  # pixels of an image's height and width
 TOGETHER = 256  # tasks that the writer has in memory
 CURE = "copy the folder again, or write it again with python -m metaseg.shard"
 
@@ -110,6 +111,7 @@ class ShardSource:
         self._names = {
             split: TaskNames(tasks["name"][self._first[split] : end]) for split, end in zip(SPLITS, ends, strict=True)
         }
+        self._check_tasks()
         self._check_sizes()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -218,6 +220,24 @@ class ShardSource:
                 raise
             raise DataError(f"{self._at(name)} is no array of NumPy's ({error}): {CURE}") from error
         raise DataError(f"{self._at(name)} is not the one that {META} is of: {CURE}")
+
+    def _check_tasks(self) -> None:
+        """Names are text, each there once and in its order; images are of the index. For a million tasks, 0.1 s."""
+        names, first, count = (self._tasks[field] for field in ("name", "first", "count"))
+        every, most = np.sort(names, kind="stable"), len(self._images)
+        odd = ""
+        try:
+            every.astype(f"S{every.itemsize + 1}").tobytes().decode()  # with a zero between any two
+        except UnicodeDecodeError:
+            odd = "a name is no text"
+        if not ((first <= most) & (count <= most - first)).all():
+            odd = f"a task has images that {IMAGES} has not"
+        elif not (every[:-1] < every[1:]).all():
+            odd = "a task is in two splits, or twice in one"
+        elif not all((split._encoded[:-1] < split._encoded[1:]).all() for split in self._names.values()):
+            odd = "the names are not in their order"
+        if odd:
+            raise DataError(f"{self._at(TASKS)}: {odd}: {CURE}")
 
     def _check_sizes(self) -> None:
         """A folder's shards are as long as they were written; those behind a URL are not asked one by one."""
@@ -431,8 +451,9 @@ def _checked(meta: Any, path: str) -> dict[str, Any]:
 
 
 def _check_image_size(size: int, where: str) -> None:
-    if size < 32 or size % 16:
-        raise DataError(f"{where} has images of {size}²: write a multiple of 16 from 32 on, by dataset.image_size")
+    if not 32 <= size <= MOST_SIDE or size % 16:
+        cure = f"write a multiple of 16 from 32 to {MOST_SIDE}, by dataset.image_size"
+        raise DataError(f"{where} has images of {size}²: {cure}")
 
 
 def _unreachable(path: str, error: Exception) -> DataError:
