@@ -47,8 +47,9 @@ def folder_whole(folder: Path, does: str, is_there: Callable[[Path], bool]) -> I
         if is_there(folder):
             yield None
             return
-        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial") if locked else ():
-            shutil.rmtree(leftover, ignore_errors=True)
+        if locked:
+            for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.{32 * '[0-9a-f]'}.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
         try:
             partial.mkdir()
             yield partial

@@ -425,14 +425,16 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shards(Named("fine", "killed"), tmp_path / "out", 1)
     assert what_lies_in(tmp_path) == set()
-    left = tmp_path / ".out.0123.partial"  # of one that was killed
+    left = tmp_path / f".out.{0:032x}.partial"  # of one that was killed
     left.mkdir()
     (left / "shard-000009.tar").write_bytes(b"half")
     with pytest.raises(DataError, match="there is no"):
         ShardSource(left)
-    (tmp_path / "out.partial").mkdir()  # somebody's own
+    others = {"out.partial", f".out.2.{0:032x}.partial"}  # a folder of somebody's, and one that becomes out.2
+    for name in others:
+        (tmp_path / name).mkdir()
     write_shards(Named("fine"), tmp_path / "out", 1)
-    assert what_lies_in(tmp_path) == {"out", "out.partial"}
+    assert what_lies_in(tmp_path) == {"out", *others}
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
