@@ -1,8 +1,11 @@
 """What comes into being whole: a process may be killed, a disk full, and others want the same, while it is written."""
 
+import glob
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +24,38 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_whole(folder: Path, does: str, is_there: Callable[[Path], bool]) -> Iterator[Path | None]:
+    """An empty folder beside `folder`, that becomes `folder` when the block ends, or is gone if that is by an error.
+
+    Of several processes one has it, and the others wait. What killed ones left is removed first; it is called
+    .NAME.ID.partial.
+
+    Args:
+        folder: that is wanted.
+        does: what the process does to it, for those that wait.
+        is_there: whether it is what is wanted; asked once no other process can be making it.
+
+    Returns:
+        None if it is there by now.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder, does) as locked:
+        if is_there(folder):
+            yield None
+            return
+        if locked:
+            for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.{32 * '[0-9a-f]'}.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

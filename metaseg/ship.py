@@ -7,7 +7,6 @@ keeps the best run's `init.safetensors`, with its card, where metaseg.load(), me
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from metaseg.atomic import written_whole
+from metaseg.cache import cache_folder
 from metaseg.card import write_card
 from metaseg.errors import ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import read_about
@@ -25,8 +25,8 @@ NAME = "init.safetensors"
 
 
 def shipped_path() -> Path:
-    """Where the shipped initialisation lies, or would lie: in `METASEG_CACHE`, by default ~/.cache/metaseg."""
-    return Path(os.environ.get("METASEG_CACHE") or "~/.cache/metaseg").expanduser() / "shipped" / NAME
+    """Where the shipped initialisation lies, or would lie."""
+    return cache_folder() / "shipped" / NAME
 
 
 def shipped() -> Path:

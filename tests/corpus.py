@@ -224,6 +224,12 @@ def two_colours(mask: np.ndarray) -> Image.Image:
     return in_palette(numbers, (0, 0, 0), (128, 0, 0), (0, 128, 0))
 
 
+def dark_with_a_speck(mask: np.ndarray) -> np.ndarray:
+    drawn = mask * np.uint8(100)
+    drawn[0, :3] = 255
+    return drawn
+
+
 def bind_socket(root: Path) -> None:
     (root / "ant/2.jpg").unlink()
     here = os.getcwd()
@@ -423,6 +429,22 @@ BREAKAGES = [
         quiet=True,
     ),
     Breakage("turned", turned(3), "image with an EXIF rotation", "ant/2.jpg", "save it upright", other=ANT),
+    *(
+        Breakage(
+            f"turned as {number}",
+            turned(number),
+            "image with an EXIF rotation",
+            "ant/2.jpg",
+            "save it upright",
+            other=ANT,
+        )
+        for number in (2, 4)
+    ),
+    Breakage(
+        *("dark object and a white speck", mask_as(dark_with_a_speck), "mask with an area too dark", "ant/2.png"),
+        cure="draw the object in white",
+        other=ANT,
+    ),
     Breakage("turned square", turned(6), "image with an EXIF rotation", "ant/2.jpg", "save it upright", other=ANT),
     Breakage(
         *("name that is no UTF-8", renamed("ant/2.png", b"ant/\xff.png"), "mask without an image", r"ant/\udcff.png"),
@@ -487,6 +509,7 @@ BREAKAGES += [
     Breakage("mask of 0 and 1", mask_as(lambda mask: mask)),
     Breakage("mask of 1 bit", mask_as(lambda mask: mask.astype(bool))),
     Breakage("mask of 16 bits", mask_as(lambda mask: mask.astype(np.uint16) * 65535)),
+    Breakage("mask in a dark colour", mask_as(lambda mask: in_palette(mask, (0, 0, 0), (64, 0, 0)))),
     Breakage("mask in RGB", mask_as(lambda mask: np.stack([mask * np.uint8(255)] * 3, axis=2))),
     Breakage("mask in red", mask_as(lambda mask: np.stack([mask * np.uint8(255), 0 * mask, 0 * mask], axis=2))),
     Breakage("mask with a palette", mask_as(lambda mask: in_palette(mask, (0, 0, 0), (200, 30, 30)))),

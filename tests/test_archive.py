@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
 from collections import namedtuple
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from machine import rights_mean_something
 from trees import stripes, write_sbd, write_splits, write_tree, write_voc
 
 from metaseg.data import archive
@@ -132,13 +134,21 @@ def test_voc_and_sbd_come_as_they_are_published(tmp_path: Path) -> None:
 
 
 def test_a_class_alone_is_no_folder_around_a_data_set(tmp_path: Path) -> None:
-    """Though it is the only one in the archive; of folders around it, and with a file beside it, it is found, too."""
+    """Though it is the only one in the archive; of folders around it, it is found, too."""
     inside = [("cat/1.jpg", b"1"), ("cat/1.png", b"2")]
     for i, around in enumerate(("", "animals/", "set/animals/")):
         path = written(tmp_path / f"{i}.zip", [(f"{around}{name}", content) for name, content in inside])
         assert [found.name for found in unpacked(path).iterdir()] == ["cat"]
-    beside = written(tmp_path / "beside.zip", [("animals/cat/1.jpg", b"1"), ("README", b"2")])
-    assert sorted(found.name for found in unpacked(beside).iterdir()) == ["README", "animals"]
+
+
+@pytest.mark.parametrize("beside", ["._animals", "README.txt", "Thumbs.db", ".DS_Store"])
+def test_files_beside_the_folder_around_a_data_set_do_not_hide_it(tmp_path: Path, beside: str) -> None:
+    tree = write_tree(tmp_path / "animals", ["ant", "bee", "cat"], images=2)
+    path = packed(tree, tmp_path / "animals.tar")
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo(beside))
+    splits = write_splits(tmp_path / "splits.json", ["ant"], ["bee"], ["cat"])
+    assert same(FolderSource(path, splits, 32, 2), FolderSource(tree, splits, 32, 2))
 
 
 def test_folders_stay_where_they_are_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -162,10 +172,49 @@ def test_it_is_unpacked_once_and_a_newer_one_anew(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
 def test_what_macos_adds_is_left_out(tmp_path: Path, suffix: str) -> None:
-    added = [("__MACOSX/cat/._1.jpg", b"?"), ("cat/.DS_Store", b"?"), (".DS_Store", b"?")]
+    added = [("__MACOSX/cat/1.jpg", b"?"), ("cat/.DS_Store", b"?"), (".DS_Store", b"?"), ("cat/._1.jpg", b"?")]
     path = written(tmp_path / f"data{suffix}", [("cat/", b""), ("./cat/1.jpg", b"1"), *added])
     folder = unpacked(path)
     assert [found.relative_to(folder).as_posix() for found in sorted(folder.rglob("*"))] == ["cat", "cat/1.jpg"]
+
+
+def test_names_in_utf_8_need_no_flag(tmp_path: Path) -> None:
+    """As in zip files of macOS's Finder; what is no UTF-8 is in the code page of DOS."""
+    path = written(tmp_path / "data.zip", [("caf\u00e9/1.jpg", b"1"), ("\u732b/1.jpg", b"1"), ("cat/1.jpg", b"1")])
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        for found in re.finditer(mark, bytes(content)):
+            content[found.start() + flags] &= 0xF7
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as zipped:
+        assert zipped.namelist()[0] != "caf\u00e9/1.jpg"
+    assert sorted(found.name for found in unpacked(path).iterdir()) == ["caf\u00e9", "cat", "\u732b"]
+    path.write_bytes(content.replace("caf\u00e9".encode(), b"caf\x82\x82"))
+    assert sorted(found.name for found in unpacked(path).iterdir()) == ["caf\u00e9\u00e9", "cat", "\u732b"]
+
+
+def test_an_archive_may_lie_where_names_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this disk has names of UTF-8 alone")
+    path = written(Path(os.fsdecode(folder)) / "data.zip", [("cat/1.jpg", b"1")])
+    assert (unpacked(path) / "cat" / "1.jpg").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_place_that_cannot_be_looked_at_is_named_with_its_cure(tmp_path: Path, closed: bool) -> None:
+    (tmp_path / "closed" / "data").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    place, said = (
+        ("closed/data", "may not be read: chmod u") if closed else ("x" * 300, "is not a folder: dataset.root")
+    )
+    try:
+        with rights_mean_something(), pytest.raises(DataError, match=said):
+            FolderSource(tmp_path / place, {"train": ["ant"], "val": [], "test": []}, 32, 2)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
 
 
 # What does not belong into a data set
@@ -301,13 +350,13 @@ def test_a_tar_bomb_is_not_decompressed_to_be_refused(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-@pytest.mark.parametrize("size", [2_000_000, 8**11 - 1, -512])
-def test_names_of_megabytes_are_not_read_into_memory(tmp_path: Path, kind: bytes, size: int) -> None:
+@pytest.mark.parametrize("size", [100_000, 8**11 - 1, -512])
+def test_headers_of_megabytes_are_not_read_into_memory(tmp_path: Path, kind: bytes, size: int) -> None:
     header = tar_entry(kind)
     header.size = size
     path = tmp_path / "here" / "data.tar.gz"
     path.write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(3_000_000), 1))
-    refused(path, r"is damaged, or no archive of its kind \(a list or a header of more than 1048576 bytes\)")
+    refused(path, r"is damaged, or no archive of its kind \(a list or a header of more than 65536 bytes\)")
 
 
 def test_a_size_below_zero_does_not_go_round_for_ever(tmp_path: Path) -> None:
@@ -316,6 +365,28 @@ def test_a_size_below_zero_does_not_go_round_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "here" / "data.tar"
     path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     refused(path, "'cat/1.jpg' has fewer than 0 bytes")
+
+
+def commented(path: Path, members: int, comment: int) -> Path:
+    """A tar file of empty members, each behind a header with a comment of so many bytes."""
+    infos = [tarfile.TarInfo(f"cat/{i}.jpg") for i in range(members)]
+    for info in infos:
+        info.pax_headers = {"comment": "x" * comment}
+    return written(path, [(info, b"") for info in infos])
+
+
+def test_headers_of_a_tar_file_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count as what is in it, and do not stay in memory."""
+    path = commented(tmp_path / "here" / "data.tar.gz", members=100, comment=50_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "SMALL", 10**6)
+        refused(path, r"'cat/19.jpg' comes behind more than 20 times the archive's size, as in a bomb")
+    tracemalloc.start()
+    try:
+        unpacked(path)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +402,16 @@ def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     second = content.rindex(b"PK\1\2")
     content[second + 42 : second + 46] = bytes(4)  # where its own header begins
+    path.write_bytes(content)
+    refused(path, "overlaps another member, as in a bomb")
+
+
+def test_members_that_share_the_place_of_a_header_are_refused(tmp_path: Path) -> None:
+    """The second one begins where the first one's content would end, had it no header in front of it."""
+    path = written(tmp_path / "here" / "data.zip", [(zip_entry(), bytes(100)), ("cat/2.jpg", b"2")])
+    content = bytearray(path.read_bytes())
+    second = content.rindex(b"PK\1\2")
+    content[second + 42 : second + 46] = (110).to_bytes(4, "little")
     path.write_bytes(content)
     refused(path, "overlaps another member, as in a bomb")
 
@@ -393,10 +474,13 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """Each file takes whole blocks."""
-    path = written(tmp_path / "here" / "data.zip", [(f"cat/{i}.jpg", bytes(20_000_001)) for i in range(3)])
+    path = written(tmp_path / "here" / "data.zip", [(f"cat/{i}.jpg", bytes(20_001)) for i in range(3)])
     usage = namedtuple("usage", "total used free")  # as shutil's
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, 60_000_003))
-    refused(path, f"needs 0.06 GB in {cache}/unpacked, which has 0.06 GB: make room, or name .* METASEG_CACHE")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0, 0, 60_003))
+    said = rf"{path} needs 0\.1 MB in {cache}/unpacked, which has 0\.1 MB: make room, or name .* METASEG_CACHE"
+    with pytest.raises(DataError, match=said):
+        unpacked(path)
+    assert nothing_but_a_lock(cache)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -442,6 +526,8 @@ def test_a_process_killed_midway_leaves_nothing_that_passes_for_the_data(
     assert child.exitcode == -signal.SIGKILL
     (midway,) = cache.glob("unpacked/.data-*.partial")
     assert (midway / "cat" / "1.jpg").read_bytes() == b"1"
+    used = shutil.disk_usage  # a disk with room for one copy
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: used(place)._replace(free=0 if midway.exists() else 10**6))
     assert sorted(found.name for found in unpacked(path).rglob("*.jpg")) == ["1.jpg", "2.jpg"]
     assert len(list(cache.rglob("*.jpg"))) == 2
 
@@ -451,11 +537,12 @@ def test_of_processes_at_once_one_unpacks(tmp_path: Path, monkeypatch: pytest.Mo
     """Each has found that the data are not there before any begins to write."""
     path = written(tmp_path / "data.zip", [(f"cat/{i}.jpg", b"1") for i in range(20)])
     ready = FORK.Barrier(3)
-    check_room, write = archive._check_room, archive._write
+    checked, write = archive._checked, archive._write
 
-    def together(*args: Any) -> None:
-        check_room(*args)
+    def together(*args: Any) -> Any:
+        found = checked(*args)
         ready.wait(60)
+        return found
 
     def counted(*args: Any) -> None:
         with (tmp_path / "writers").open("a") as file:
@@ -465,7 +552,7 @@ def test_of_processes_at_once_one_unpacks(tmp_path: Path, monkeypatch: pytest.Mo
     def wanted() -> None:
         assert len(list(unpacked(path).rglob("*.jpg"))) == 20
 
-    monkeypatch.setattr(archive, "_check_room", together)
+    monkeypatch.setattr(archive, "_checked", together)
     monkeypatch.setattr(archive, "_write", counted)
     children = [FORK.Process(target=wanted) for _ in range(3)]
     for child in children:

@@ -179,7 +179,7 @@ def test_an_interrupted_build_leaves_nothing_and_is_repeated(tmp_path, monkeypat
     built = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
     expected = built.load(built.names("train")[0], [0])[0]
     (built.folder / "masks.npy").unlink()
-    leftover = tmp_path / f".{built.folder.name}.0123"
+    leftover = tmp_path / f".{built.folder.name}.{0:032x}.partial"
     leftover.mkdir()
     (leftover / "images.npy").write_bytes(b"half")
     others = tmp_path / ".another-cache.0123"
@@ -222,9 +222,9 @@ def test_without_locks_what_another_process_may_be_drawing_is_left_alone(tmp_pat
     without_locks(monkeypatch)
     folder = EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1).folder
     shutil.rmtree(folder)
-    (tmp_path / f".{folder.name}.0123").mkdir()
+    (tmp_path / f".{folder.name}.{0:032x}.partial").mkdir()
     EmojiSource(SIZE, 1, cache_dir=tmp_path, workers=1)
-    assert kept(tmp_path) == [f".{folder.name}.0123", folder.name]
+    assert kept(tmp_path) == [f".{folder.name}.{0:032x}.partial", folder.name]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import os
 import pickle
 import shutil
+import time
 import warnings
 from contextlib import suppress
 from functools import partial
@@ -14,6 +15,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from trees import write_splits, write_tree
 
 from metaseg.data import opening
+from metaseg.data import tree as tree_module
 from metaseg.data.folder import FolderSource, read_image, read_mask
 from metaseg.data.fss1000 import Fss1000Source, fss1000_splits
 from metaseg.data.source import SPLITS
@@ -216,6 +218,46 @@ def test_an_image_larger_than_what_is_decoded_is_refused_by_its_head(tree, monke
 
 
 # Faults of single files: left out, listed, and the rest is used
+
+
+def test_what_the_memory_does_not_hold_is_told_and_the_rest_used(tree, monkeypatch):
+    judge = tree_module._mask_fault
+
+    def short(mask, *args):
+        if mask == Path("ant/3.png"):
+            raise MemoryError
+        return judge(mask, *args)
+
+    monkeypatch.setattr(tree_module, "_mask_fault", short)
+    source, message = warned(*tree, min_images=9)
+    assert "1 × image of too many pixels (cut it into parts or shrink it" in message
+    assert "ant/3.png (the memory is short)" in message
+    assert source.count("ant") == 9
+
+
+def test_large_images_are_looked_at_one_by_one(tree, monkeypatch):
+    """Their pixels are gone when the next one's turn comes."""
+    judge, busy, most = tree_module._mask_fault, [], []
+
+    def watched(*args):
+        busy.append(None)
+        time.sleep(0.002)
+        most.append(len(busy))
+        busy.pop()
+        return judge(*args)
+
+    monkeypatch.setattr(tree_module, "_mask_fault", watched)
+    FolderSource(*tree)
+    assert max(most) > 1
+    most.clear()
+    monkeypatch.setattr(opening, "LARGE", 100)
+    FolderSource(*tree)
+    assert max(most) == 1
+    with opening.opened(tree[0] / "ant/1.jpg", ["JPEG"]) as file:
+        with opening.by_turns(file):
+            file.load()
+        with pytest.raises(ValueError, match="closed"):
+            file.load()
 
 
 def test_image_without_mask_and_mask_without_image(tree):

@@ -8,9 +8,12 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
 import tarfile
+import tracemalloc
 import zipfile
+import zlib
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -916,13 +919,43 @@ def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
 
 def test_a_matlab_file_does_not_become_larger_than_masks_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros become a thousandth. The bound is the test's."""
-    monkeypatch.setattr(pascal, "MOST_INFLATED", 2**20)
+    monkeypatch.setattr(pascal, "MOST_BYTES", 2**20)
     for side in (1000, 1050):
-        labels = np.zeros((side, side), np.uint8)
-        savemat(tmp_path / f"{side}.mat", {"GTcls": {"Segmentation": labels}}, do_compression=True)
-    assert pascal.read_labels(tmp_path / "1000.mat").shape == (1000, 1000)
-    with pytest.raises(ValueError, match="it would become more than 1 MiB"):
-        pascal.read_labels(tmp_path / "1050.mat")
+        content = {"GTcls": {"Segmentation": np.zeros((side, side), np.uint8)}}
+        savemat(tmp_path / f"{side}.mat", content, do_compression=True)
+        savemat(tmp_path / f"second {side}.mat", {"GTinst": np.zeros(3), **content}, do_compression=True)
+        savemat(tmp_path / f"plain {side}.mat", content)
+    for name in ("", "second ", "plain "):
+        assert pascal.read_labels(tmp_path / f"{name}1000.mat").shape == (1000, 1000)
+        with pytest.raises(ValueError, match="more than 1 MiB"):
+            pascal.read_labels(tmp_path / f"{name}1050.mat")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("shape", [(1000, 10_000), (2**31 - 1, 1)])
+def test_a_matlab_file_gets_no_memory_for_what_it_claims(
+    tmp_path: Path, shape: tuple[int, int], compressed: bool
+) -> None:
+    """A struct of so many elements, which are not there; and a matrix."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+    def head(kind: int, name: bytes) -> bytes:
+        return element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<2i", *shape)) + element(1, name)
+
+    matrix = element(14, head(9, b"") + element(2, b"1"))
+    for fields in (b"", b"Segmentation".ljust(32, b"\0")):
+        content = element(14, head(2, b"GTcls") + element(5, struct.pack("<i", 32)) + element(1, fields) + matrix)
+        content = element(15, zlib.compress(content)) if compressed else content
+        (tmp_path / "a.mat").write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM" + content)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="no GTcls.Segmentation can be read"):
+                pascal.read_labels(tmp_path / "a.mat")
+            assert tracemalloc.get_traced_memory()[1] < 2 * pascal.MOST_BYTES
+        finally:
+            tracemalloc.stop()
 
 
 DEEP = 100_000 * "[" + 100_000 * "]"

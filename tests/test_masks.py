@@ -1,6 +1,7 @@
 """What a mask file holds, and the line between soft or noisy masks, which are used, and those of several classes."""
 
 import io
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFilter
 
-from metaseg.data.masks import class_colours, is_photograph, levels_of
+from metaseg.data import masks
+from metaseg.data.masks import binary, class_colours, is_photograph, levels_of
 from metaseg.data.source import UInt8
 
 SIDES = (48, 224)
@@ -35,6 +37,13 @@ def shapes(side: int) -> Iterator[Image.Image]:
         ImageDraw.Draw(dots).ellipse((x, y, x + r, y + r), fill=255)
     yield dots
     yield dots.point(lambda level: 255 - level)
+
+
+def disc(side: int, radius: float, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    image, middle = Image.new("RGB", (side, side)), side / 2
+    box = (middle - radius, middle - radius, middle + radius, middle + radius)
+    ImageDraw.Draw(image).ellipse(box, fill=colour)
+    return image
 
 
 def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -85,6 +94,38 @@ def test_one_object_is_one_class_however_soft_or_noisy(side: int) -> None:
         if len(class_colours(np.asarray(image))) > 1 or is_photograph(np.asarray(image))
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("quality", [20, 40, 60, 90])
+@pytest.mark.parametrize(
+    "colour", [(200, 30, 90), (220, 20, 60), (0, 128, 0), (0, 0, 205), (64, 0, 0), (128, 128, 128), (90, 90, 90)]
+)
+def test_an_object_of_any_colour_is_found_behind_jpeg(colour: tuple[int, int, int], quality: int) -> None:
+    """Small, and larger than half of the image, when most pixels are neither dark nor bright."""
+    for radius in (60, 110):
+        values = np.asarray(through_jpeg(disc(224, radius, colour), quality))
+        drawn = np.asarray(disc(224, radius))[..., 0] > 0
+        assert not is_photograph(values)
+        assert len(class_colours(values)) <= 1
+        assert (binary(values) & drawn).sum() / (binary(values) | drawn).sum() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ([0, 1], [0, 1]),
+        ([0, 2, 31], [0, 0, 0]),
+        ([0, 16, 17, 32], [0, 0, 1, 1]),
+        ([0, 127, 128, 255], [0, 0, 1, 1]),
+        ([0, 300, 8191], [0, 0, 0]),
+        ([0, 4096, 4097, 8192], [0, 0, 1, 1]),
+        ([0, 32767, 32768, 65535], [0, 0, 1, 1]),
+    ],
+)
+def test_the_object_is_above_half_of_the_greatest_value_unless_that_is_dark(
+    values: list[int], counts: list[int]
+) -> None:
+    assert binary(np.array([values], np.uint16)).tolist() == [counts]
 
 
 def test_a_soft_mask_with_wide_edges_is_one_class() -> None:
@@ -142,6 +183,26 @@ def test_a_photograph_is_no_mask_but_a_photo_of_a_mask_may_be() -> None:
         photo = file.convert("RGB").resize((224, 224))
     assert is_photograph(np.asarray(photo))
     assert not is_photograph(np.asarray(photo.convert("L").point(lambda level: 255 * (level > 128))))
+
+
+def test_few_shades_between_dark_and_bright_are_no_photograph() -> None:
+    """Though they fill the mask: 21 of them; as many as a photograph has do not pass."""
+    shades = np.arange(40, 201)
+    assert not is_photograph(np.resize(shades[::8], (64, 64)).astype(np.uint8))
+    assert is_photograph(np.resize(shades, (64, 64)).astype(np.uint8))
+
+
+def test_a_large_mask_is_judged_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which finds the same, and needs the memory of a small one."""
+    large = COLOURS[discs(1500, 3, share=0.05)]
+    monkeypatch.setattr(masks, "ENOUGH", 2**15)
+    tracemalloc.start()
+    try:
+        found = class_colours(large), class_colours(large[..., 0]), is_photograph(large), is_photograph(large[..., 0])
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert found == ([(0, 128, 0), (128, 0, 0), (128, 128, 0)], [(128, 128, 128)], False, False)
 
 
 def test_values_of_16_bits_are_told_by_their_upper_8_if_they_need_them() -> None:

@@ -176,8 +176,8 @@ def test_a_matlab_file_of_something_else_is_unreadable(roots):
     source, message = warned(*roots)
     assert source.count("car") == 2
     assert "2 × unreadable file" in message
-    assert "GTcls.Segmentation is no matrix of uint8" in message
-    assert "no GTcls.Segmentation can be read (KeyError: 'GTcls')" in message
+    assert "no GTcls.Segmentation can be read (ValueError: it is no matrix of uint8)" in message
+    assert "no GTcls.Segmentation can be read (ValueError: there is none)" in message
 
 
 def test_masks_that_are_no_class_numbers(roots):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from machine import rights_mean_something, small_disk
 from omegaconf import OmegaConf
@@ -263,6 +265,16 @@ def put(field: str, value: int) -> Callable[[np.ndarray], None]:
     return alter
 
 
+def rename(**names: bytes) -> Callable[[np.ndarray], None]:
+    """Other names of the tasks of a row: a.b, bee, Ähre, cow, ant, dog."""
+
+    def alter(array: np.ndarray) -> None:
+        for row, name in names.items():
+            array["name"][int(row[1:])] = name
+
+    return alter
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -279,10 +291,18 @@ def put(field: str, value: int) -> Callable[[np.ndarray], None]:
         (change(splits={"train": 6}), "does not describe shards"),
         (change(splits={"train": 3, "val": 1, "test": 3}), "are not of this shards.json"),
         (change(image_size=40), "images of 40²: write a multiple of 16"),
+        (change(image_size=2**20), "images of 1048576²: write a multiple of 16 from 32 to 4096"),
+        (change(image_size=2**40), "images of 1099511627776²: write a multiple of 16"),
         (change(shards="many"), "does not describe shards"),
         (reindex(TASKS, lambda array: np.array([{"run": "this"}])), "tasks.npy is no array of NumPy's"),
         (reindex(TASKS, lambda array: array["first"].copy()), "are not of this shards.json"),
         (reindex(IMAGES, lambda array: array["start"].copy()), "are not of this shards.json"),
+        (reindex(TASKS, put("count", 2**32 - 1)), "tasks.npy: a task has images that images.npy has not: copy the"),
+        (reindex(TASKS, put("first", 2**64 - 1)), "tasks.npy: a task has images that images.npy has not"),
+        (reindex(TASKS, put("first", 31)), "tasks.npy: a task has images that images.npy has not"),
+        (reindex(TASKS, rename(_1=b"bee\xc3", _2=b"\xa4hre")), "tasks.npy: a name is no text"),
+        (reindex(TASKS, rename(_0=b"ant")), "tasks.npy: a task is in two splits, or twice in one"),
+        (reindex(TASKS, rename(_0=b"bee", _1=b"a.b")), "tasks.npy: the names are not in their order"),
     ],
 )
 def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None], said: str) -> None:
@@ -295,7 +315,6 @@ def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None]
     ("damage", "said"),
     [
         (reindex(TASKS, put("shard", 99)), "image 0 of ant does not lie in .*shard-000099.tar"),
-        (reindex(TASKS, put("first", 10**6)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("start", 2**63)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("image", 2**32 - 1)), "image 0 of ant does not lie in"),
         (reindex(IMAGES, put("mask", 2**32 - 1)), "image 0 of ant does not lie in"),
@@ -306,6 +325,18 @@ def test_damage_is_found_at_the_start(copy: Path, damage: Callable[[Path], None]
 def test_an_index_that_points_elsewhere_is_refused(copy: Path, damage: Callable[[Path], None], said: str) -> None:
     damage(copy)
     with pytest.raises(DataError, match=said):
+        ShardSource(copy).load("ant", [0])
+
+
+def test_an_image_larger_than_one_can_be_is_not_fetched(copy: Path) -> None:
+    """Though the shard has so many bytes."""
+    damage = reindex(IMAGES, put("image", 4 * 32**2 + 2**16 + 1))
+    damage(copy)
+    meta = json.loads((copy / META).read_text())
+    for number, length in enumerate(meta["shards"]):
+        os.truncate(copy / f"shard-{number:06d}.tar", length + 10**6)
+    change(shards=[length + 10**6 for length in meta["shards"]])(copy)
+    with pytest.raises(DataError, match="image 0 of ant does not lie in"):
         ShardSource(copy).load("ant", [0])
 
 
@@ -393,14 +424,69 @@ def test_long_names_and_names_of_any_script_come_back(tmp_path: Path) -> None:
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shards(Named("fine", "killed"), tmp_path / "out", 1)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "out.partial").mkdir()  # of one that was killed
-    (tmp_path / "out.partial" / "shard-000009.tar").write_bytes(b"half")
+    assert what_lies_in(tmp_path) == set()
+    left = tmp_path / f".out.{0:032x}.partial"  # of one that was killed
+    left.mkdir()
+    (left / "shard-000009.tar").write_bytes(b"half")
     with pytest.raises(DataError, match="there is no"):
-        ShardSource(tmp_path / "out.partial")
+        ShardSource(left)
+    others = {"out.partial", f".out.2.{0:032x}.partial"}  # a folder of somebody's, and one that becomes out.2
+    for name in others:
+        (tmp_path / name).mkdir()
     write_shards(Named("fine"), tmp_path / "out", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert what_lies_in(tmp_path) == {"out", *others}
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def what_lies_in(folder: Path) -> set[str]:
+    """But for the lock of `out`, which stays."""
+    return {path.name for path in folder.iterdir()} - {".out.lock"}
+
+
+class Overtaken(Named):
+    """While its names are asked for, or its images, another writer does something."""
+
+    def __init__(self, *names: str, at: str, does: Callable[[], object]) -> None:
+        super().__init__(*names)
+        self.at, self.does = at, does
+
+    def names(self, split: str) -> Sequence[str]:
+        if self.at == "names" and split == "train":
+            self.does()
+        return super().names(split)
+
+    def load(self, task: str, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self.at == "load":
+            self.does()
+        return super().load(task, which)
+
+
+def test_of_two_writers_the_second_waits_and_takes_nothing_from_the_first(tmp_path: Path) -> None:
+    out, held = tmp_path / "out", []
+
+    def asks_for_the_lock() -> None:
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".out.lock").acquire(timeout=0)
+        held.append(True)
+
+    write_shards(Overtaken("first", at="load", does=asks_for_the_lock), tmp_path / "out", 1)
+    assert held
+    shutil.rmtree(out)
+    with pytest.raises(DataError, match="out is already there: choose another out"):
+        write_shards(Overtaken("second", at="names", does=lambda: write_shards(Named("first"), out, 1)), out, 1)
+    assert list(ShardSource(out).names("train")) == ["first"]
+    assert what_lies_in(tmp_path) == {"out"}
+
+
+def test_without_locks_the_slower_writer_takes_nothing_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError))
+    with pytest.raises(DataError, match=r"out cannot be written .*not empty.*choose another out"):
+        write_shards(Overtaken("second", at="load", does=lambda: write_shards(Named("first"), out, 1)), out, 1)
+    assert list(ShardSource(out).names("train")) == ["first"]
+    assert what_lies_in(tmp_path) == {"out"}
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +516,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
             DataError, match=r"disk/out cannot be written .*No space left.*: make room or see to the rights"
         ):
             write_shards(original, out, 40_000)
-        assert not list(out.parent.iterdir())
+        assert what_lies_in(out.parent) == set()
         resize(1024)
         write_shards(original, out, 40_000)
         assert_same(ShardSource(out), original)
@@ -449,7 +535,7 @@ def test_images_that_vanish_while_they_are_written_are_named(tmp_path: Path) -> 
     (root / "ant" / "2.png").unlink()
     with pytest.raises(DataError, match=r"images of ant cannot be read any more .*2\.png"):
         write_shards(source, tmp_path / "out", 2**20)
-    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    assert what_lies_in(tmp_path) == {"tree"}
 
 
 # The command, and a run

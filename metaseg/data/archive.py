@@ -6,7 +6,6 @@ being whole, in a folder beside its place that is renamed at the end.
 """
 
 import bz2
-import glob
 import gzip
 import hashlib
 import lzma
@@ -16,7 +15,8 @@ import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import IO, Any, NamedTuple
@@ -24,7 +24,8 @@ from typing import IO, Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metaseg.atomic import alone
+from metaseg.atomic import folder_whole
+from metaseg.cache import cache_folder
 from metaseg.errors import DataError
 
 OPENERS: dict[str, Callable[[Path], Any]] = {  # by suffix; of a tar file as what it is compressed with
@@ -36,15 +37,15 @@ OPENERS: dict[str, Callable[[Path], Any]] = {  # by suffix; of a tar file as wha
     ".tar.xz": lzma.open,
 }
 MOST_MEMBERS = 500_000  # files and folders; VOC has 57,000
-MOST_GROWTH = 20  # how many times larger than the archive its files may be together: images hardly compress
-SMALL = 2**26  # bytes that they may have in any case
+MOST_GROWTH = 20  # how many times larger than the archive its content may be: images hardly compress
+SMALL = 2**26  # bytes that it may have in any case
 MOST_DEPTH = 32  # folders in each other
 MOST_LISTING = 2**27  # bytes of a zip file's list of members
-MOST_HEADER = 2**20  # bytes of a tar member's header, and of the padding behind the last one
+CHUNK = 2**16  # bytes that are read at once; of a tar file the most of a header, and of the padding at the end
 LOCAL_HEADER = 30  # bytes in front of a zip member's content, at least
-CHUNK = 2**18  # bytes that are copied at once
+UTF_8 = 0x800  # flag of a zip member whose name it is
 BLOCK = 4096  # bytes by which a file's place on a disk is counted
-BY_MACOS = ("__MACOSX", ".DS_Store")  # which its archives bring along; left out
+BY_MACOS = ("__MACOSX", ".DS_Store", "._*")  # which its archives bring along; left out
 CURE = "fetch it again from its publisher; or unpack it by other means, and give the folder"
 
 
@@ -81,8 +82,8 @@ class Opened(NamedTuple):
 def unpacked(root: str | os.PathLike[str]) -> Path:
     """The folder that `root` names: itself, or where the archive that it is has been unpacked, now or earlier.
 
-    Archives are unpacked into `unpacked/` of `METASEG_CACHE` (by default ~/.cache/metaseg), in a folder named after the
-    archive, its place, size and time. Where everything in it lies in one folder, as in most, that folder is meant.
+    Archives are unpacked into `unpacked/` of the cache, in a folder named after the archive, its place, size and time.
+    Where all folders in it lie in one, as in most, that one is meant.
 
     Args:
         root: a folder, or a file that ends in .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz. What is not there is
@@ -93,14 +94,13 @@ def unpacked(root: str | os.PathLike[str]) -> Path:
             out of it, a link, two files of one name, far more bytes than itself), or there is no room.
     """
     path = Path(root).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that is too long, or where one may not look, for none
         return path
     suffix = _suffix(path)
     about = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode(errors="surrogateescape"))
     stem = path.name[: -len(suffix)]
-    cache = Path(os.environ.get("METASEG_CACHE") or "~/.cache/metaseg").expanduser() / "unpacked"
-    folder = cache / f"{stem}-{key.hexdigest()[:12]}"
+    folder = cache_folder() / "unpacked" / f"{stem}-{key.hexdigest()[:12]}"
     if not folder.is_dir():
         _unpack(path, folder)
     return _data_set(folder)
@@ -118,26 +118,15 @@ def _suffix(path: Path) -> str:
 
 def _unpack(path: Path, folder: Path) -> None:
     """Unpack an archive so that `folder` comes into being whole; of several processes that want it one does it."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with ExitStack() as stack:
         with _reading(path):
             opened = _opened(path, stack)
             members = _checked(path, opened.members)
-        _check_room(path, members, folder)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with alone(folder, "unpacks") as locked:
-                if folder.is_dir():  # by now
-                    return
-                leftovers = folder.parent.glob(f".{glob.escape(folder.name)}.*.partial") if locked else ()
-                for leftover in leftovers:  # of processes that were killed
-                    shutil.rmtree(leftover, ignore_errors=True)
-                try:
-                    partial.mkdir()
+            with folder_whole(folder, "unpacks", Path.is_dir) as partial:
+                if partial:
+                    _check_room(path, members, partial.parent)
                     _write(path, opened.read, members, partial)
-                    partial.rename(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
             if folder.is_dir():  # without locks another process was faster, and wrote the same
                 return
@@ -148,12 +137,15 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _data_set(folder: Path) -> Path:
-    """What is inside of folders that hold one folder and nothing else; a folder without folders in it is a class."""
-    while True:
-        found = list(folder.iterdir())
-        if len(found) != 1 or not found[0].is_dir() or not any(path.is_dir() for path in found[0].iterdir()):
-            return folder
-        folder = found[0]
+    """What is inside of folders that hold one folder, and perhaps files; a folder without folders in it is a class."""
+    inside = _folders(folder)
+    while len(inside) == 1 and (deeper := _folders(inside[0])):
+        folder, inside = inside[0], deeper
+    return folder
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()]
 
 
 # ------------------------------------------------------------------------------------------------- before it is written
@@ -165,7 +157,7 @@ def _checked(path: Path, members: Iterable[Member]) -> list[Member]:
     Raises:
         DataError: naming the first one that is; what is behind it is not read.
     """
-    most = max(SMALL, MOST_GROWTH * path.stat().st_size)
+    most = _most(path)
     kept: list[Member] = []
     known: dict[str, bool] = {}
     total = 0
@@ -178,7 +170,7 @@ def _checked(path: Path, members: Iterable[Member]) -> list[Member]:
             odd = f"makes it more than {MOST_GROWTH} times larger than the archive, as in a bomb"
         if odd:
             raise DataError(f"{path}: {member.name!r} {odd}; nothing of the archive was unpacked: {CURE}")
-        if set(BY_MACOS).isdisjoint(member.place.parts):
+        if not any(fnmatchcase(part, pattern) for part in member.place.parts for pattern in BY_MACOS):
             kept.append(member)
     if all(member.is_folder for member in kept):
         raise DataError(f"{path} holds no file: {CURE}")
@@ -216,15 +208,19 @@ def _odd_place(member: Member, known: dict[str, bool]) -> str:
     return ""
 
 
-def _check_room(path: Path, members: Iterable[Member], folder: Path) -> None:
+def _most(path: Path) -> int:
+    """Bytes that the content of an archive may have."""
+    return max(SMALL, MOST_GROWTH * path.stat().st_size)
+
+
+def _check_room(path: Path, members: Iterable[Member], place: Path) -> None:
     """Refuse an archive whose files the disk has no room for."""
     needed = sum(-(-member.size // BLOCK) * BLOCK for member in members)
-    disk = next(place for place in folder.parents if place.exists())
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise DataError(
-            f"{path} needs {needed / 1e9:.2f} GB in {folder.parent}, which has {free / 1e9:.2f} GB: make room, or name "
-            "a folder on another disk in the environment variable METASEG_CACHE"
+            f"{path} needs {needed / 1e6:,.1f} MB in {place}, which has {free / 1e6:,.1f} MB: make room, or name a "
+            "folder on another disk in the environment variable METASEG_CACHE"
         )
 
 
@@ -267,9 +263,9 @@ def _opened(path: Path, stack: ExitStack) -> Opened:
     if suffix == ".zip":
         zipped = stack.enter_context(zipfile.ZipFile(_Reader(file, MOST_LISTING)))
         return Opened(_of_zip(zipped), zipped.open)
-    reader = _Reader(file, MOST_HEADER)
+    reader = _Reader(file, CHUNK)
     tar = stack.enter_context(tarfile.TarFile(fileobj=reader))  # type: ignore[arg-type]
-    return Opened(_of_tar(tar, reader), tar.extractfile)
+    return Opened(_of_tar(tar, reader, _most(path)), tar.extractfile)
 
 
 def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
@@ -286,20 +282,38 @@ def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
             odd = "is compressed in an unusual way"  # bzip2 and LZMA give no bound on what a few bytes become
         elif entry.header_offset + LOCAL_HEADER + entry.compress_size > end:
             odd = "overlaps another member, as in a bomb"
-        yield Member(entry.orig_filename, entry.file_size, entry.is_dir(), odd, entry)
+        yield Member(_name(entry), entry.file_size, entry.is_dir(), odd, entry)
 
 
-def _of_tar(archive: tarfile.TarFile, reader: _Reader) -> Iterator[Member]:
+def _name(entry: zipfile.ZipInfo) -> str:
+    """The name in a zip file: where no flag says that it is UTF-8, it may be all the same, as macOS's Finder has it."""
+    name = entry.orig_filename
+    with suppress(UnicodeError):
+        return name if entry.flag_bits & UTF_8 else name.encode("cp437").decode()
+    return name
+
+
+def _of_tar(archive: tarfile.TarFile, reader: _Reader, most: int) -> Iterator[Member]:
+    """What a tar file lists.
+
+    Args:
+        archive: the tar file.
+        reader: of its bytes.
+        most: bytes that members and what is between them may have, so that headers are no bomb either.
+    """
     for entry in archive:
+        archive.pax_headers = entry.pax_headers = {}  # comments and the like, which would all stay in memory
         odd = ""
         if entry.issparse() or not (entry.isreg() or entry.isdir()):
             odd = "is a link, a device or a file with holes"
         elif entry.size < 0:  # from which the reader would go backwards for ever
             odd = "has fewer than 0 bytes"
+        elif entry.offset_data > most:
+            odd = f"comes behind more than {MOST_GROWTH} times the archive's size, as in a bomb"
         yield Member(entry.name, entry.size if entry.isreg() else 0, entry.isdir(), odd, entry)
     # Python takes a file that is cut off between two members for a whole one
     reader.seek(archive.offset)
-    padding = reader.read(MOST_HEADER)
+    padding = reader.read(CHUNK)
     if len(padding) < tarfile.BLOCKSIZE or padding.strip(b"\0") or reader.read(1):
         raise EOFError("it does not end as a tar file does")
 
@@ -326,7 +340,7 @@ def _write(path: Path, read: Callable[[Any], Any], members: list[Member], folder
 
 
 def _content(path: Path, read: Callable[[Any], Any], member: Member) -> Iterator[bytes]:
-    """The bytes of a file, exactly as many as it was said to have."""
+    """The bytes of a file, exactly as many as it was said to have; with the last ones, the checksum is compared."""
     with _reading(path), read(member.entry) as content:
         left = member.size
         while left:
@@ -335,5 +349,3 @@ def _content(path: Path, read: Callable[[Any], Any], member: Member) -> Iterator
                 raise EOFError(f"{member.name!r} has fewer bytes than the list says")
             left -= len(chunk)
             yield chunk
-        if content.read(1):  # a checksum is compared at the end
-            raise ValueError(f"{member.name!r} has more bytes than the list says")

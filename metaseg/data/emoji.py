@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 import threading
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +35,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from metaseg.atomic import alone
+from metaseg.atomic import folder_whole
 from metaseg.data.compositing import CutOut, Scene, background, corner, cut_out, jitter, place, pose
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.errors import DataError
@@ -341,28 +340,16 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _build(folder: Path, names: Sequence[str], size: int, count: int, seed: int, workers: int) -> None:
-    """Draw the data set next to `folder`, then rename: whoever sees `folder` sees all of it.
-
-    Of several processes one draws, and the others wait for it. What a killed one left is removed.
+    """Draw the data set so that whoever sees `folder` sees all of it; of several processes one draws.
 
     Raises:
         DataError: if there is no room for it, no right to write it, or not memory enough to draw it.
     """
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(folder, "draws") as locked:
-            if locked and _is_complete(folder):
-                return  # drawn by the process that this one waited for
-            if locked:
-                for leftover in (folder, *folder.parent.glob(f".{folder.name}.*/")):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            try:
-                unfinished.mkdir()
+        with folder_whole(folder, "draws", _is_complete) as unfinished:
+            if unfinished:  # else drawn by the process that this one waited for
+                shutil.rmtree(folder, ignore_errors=True)  # of which a file is gone
                 _draw_all(unfinished, names, size, count, seed, workers)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         if not _is_complete(folder):  # else another process was faster, and drew the same
             room = ""

@@ -117,9 +117,8 @@ def read_image(path: Path, image_size: int) -> UInt8:
 def read_mask(path: Path, image_size: int) -> UInt8:
     """A mask file as 0 and 1, shape (image_size, image_size), resized by nearest neighbour.
 
-    The object is where the brightest colour channel exceeds half of the range that the file uses: 0 … 1, 0 … 255 or
-    0 … 65535, told apart by the file's maximum. So {0, 1} files count from 1 and {0, 255} files from 128. A palette
-    is looked up, transparency is ignored.
+    The object is where the brightest colour channel exceeds half of the file's greatest value (`masks.half_of`): in
+    {0, 1} files from 1 on, in {0, 255} files from 128. A palette is looked up, transparency is ignored.
     """
     with opened(path, TREE_FORMATS) as file:
         return resize_mask(binary(mask_values(file)), image_size)

@@ -5,6 +5,8 @@ anti-aliased masks pass: what is left out costs a class an image, and perhaps th
 sound.
 """
 
+import math
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from metaseg.data.source import UInt8
 NEAR = 32  # levels of 255 that noise stays below
 FEW = 16  # colours of a mask that was drawn without soft edges; they, and JPEG, bring more
 LEAST_SHARE = 0.001  # of the image's pixels that a class fills
+ENOUGH = 2**22  # pixels by which a mask is judged; of a larger one every second row and column, third, …
 
 Colour = tuple[int, int, int]
 
@@ -26,7 +29,8 @@ def mask_values(file: Image.Image) -> NDArray[np.integer]:
     """
     if file.mode in ("L", "I", "I;16"):
         return np.asarray(file)
-    values = np.asarray(file.convert("L" if file.mode == "1" else "RGBA"))
+    # as it is if it can be: large masks need the memory
+    values = np.asarray(file if file.mode == "RGB" else file.convert("L" if file.mode == "1" else "RGBA"))
     if values.ndim == 3:
         red, green, blue = values[..., 0], values[..., 1], values[..., 2]
         grey = (red == green).all() and (red == blue).all()
@@ -35,14 +39,19 @@ def mask_values(file: Image.Image) -> NDArray[np.integer]:
 
 
 def binary(values: NDArray[np.integer]) -> UInt8:
-    """1 where the brightest channel exceeds half of the range that the values use, 0 elsewhere; (height, width).
+    """1 where the brightest channel exceeds `half_of` the values, 0 elsewhere; (height, width)."""
+    return (brightest(values) > half_of(values)).astype(np.uint8)
 
-    The range is 0 … 1, 0 … 255 or 0 … 65535, told by the greatest value.
+
+def half_of(values: NDArray[np.integer]) -> int:
+    """Half of the greatest value, above which the object is: in masks of 0 and 1, of 0 and 255, of a colour on black.
+
+    But what stays below an eighth of the range (0 … 1, 0 … 255 or 0 … 65535, told by the greatest value) is no object:
+    it may be noise, or the number of a class. Then it is half of the range.
     """
-    shown = brightest(values)
-    most = shown.max()
+    most = int(values.max())
     full = 1 if most <= 1 else 255 if most <= 255 else 65535
-    return (shown > full // 2).astype(np.uint8)
+    return (most if 8 * most > full else full) // 2
 
 
 def levels_of(values: NDArray[np.integer]) -> UInt8:
@@ -58,14 +67,17 @@ def resize_mask(mask: UInt8, image_size: int) -> UInt8:
 
 
 def is_photograph(levels: UInt8) -> bool:
-    """Whether most pixels are neither dark nor bright, and of many shades.
+    """Whether most pixels are neither dark nor bright, of many shades, and not nearly all of one.
+
+    A grey or coloured object that JPEG has worn has many shades, but 3 of 4 pixels, and more, are within 8 levels.
 
     Args:
         levels: grey (height, width), or RGB (height, width, 3).
     """
-    pixels = np.bincount(brightest(levels).ravel(), minlength=256)
+    pixels = np.bincount(brightest(_sample(levels)).ravel(), minlength=256)
     between = pixels[NEAR:-NEAR]
-    return bool(2 * between.sum() > pixels.sum() and np.count_nonzero(between) > NEAR)
+    many, alike = between.sum(), np.convolve(between, np.ones(8, int)).max()
+    return bool(2 * many > pixels.sum() and np.count_nonzero(between) > NEAR and 4 * alike < 3 * many)
 
 
 def class_colours(levels: UInt8) -> list[Colour]:
@@ -81,6 +93,7 @@ def class_colours(levels: UInt8) -> list[Colour]:
     Returns:
         red, green and blue of each, dark ones first.
     """
+    levels = _sample(levels)
     numbers, colours = _numbered(levels)
     pixels = np.bincount(numbers.ravel(), minlength=len(colours))
     surrounded = np.bincount(numbers[_is_surrounded(levels)], minlength=len(colours))
@@ -96,6 +109,12 @@ def class_colours(levels: UInt8) -> list[Colour]:
 def brightest(values: NDArray[np.integer]) -> NDArray[np.integer]:
     """The brightest channel, (height, width), of grey (height, width) or RGB (height, width, 3)."""
     return values if values.ndim == 2 else np.maximum(np.maximum(values[..., 0], values[..., 1]), values[..., 2])
+
+
+def _sample(levels: UInt8) -> UInt8:
+    """The levels, or so many rows and columns of them, evenly spread, that there are `ENOUGH` pixels at most."""
+    step = math.isqrt((levels.shape[0] * levels.shape[1] - 1) // ENOUGH) + 1
+    return levels if step == 1 else np.ascontiguousarray(levels[::step, ::step])
 
 
 def _numbered(levels: UInt8) -> tuple[NDArray[np.integer], NDArray[np.integer]]:

@@ -1,4 +1,4 @@
-"""The one way in which people's image files are opened: of formats that are expected there, and small enough to decode.
+"""How the image files of data sets and of people are opened: of formats expected there, and small enough to decode.
 
 Pillow goes by a file's content, whatever its name says, and some of the formats that it knows reach old code or another
 program: EPS is handed to Ghostscript. So a caller says which formats it takes, and no other code sees the file.
@@ -6,8 +6,9 @@ program: EPS is handed to Ghostscript. So a caller says which formats it takes, 
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -16,6 +17,10 @@ from metaseg.data.faults import Fault
 
 TREE_FORMATS = ("JPEG", "PNG")  # of data sets; as JPEG, Pillow also opens the first of a phone's several pictures (MPO)
 MAX_PIXELS = 89_000_000  # just under Pillow's own limit, from which on it warns of decompression bombs
+LARGE = 2**25  # pixels of an image that threads do not decode side by side
+LINK_CURE = "fetch what it points to, or remove it"
+
+_turn = threading.Lock()
 
 
 @contextmanager
@@ -36,6 +41,13 @@ def opened(path: Path, formats: Sequence[str]) -> Iterator[Image.Image]:
         yield file
 
 
+@contextmanager
+def by_turns(file: Image.Image) -> Iterator[None]:
+    """Where threads open many files: the block in which one's pixels are in memory, for large ones one at a time."""
+    with _turn if file.width * file.height > LARGE else nullcontext(), closing(file):
+        yield
+
+
 def fault_of(error: Exception, path: Path, place: Path, cure: str) -> Fault:
     """The fault of a file that could not be opened or decoded.
 
@@ -45,13 +57,14 @@ def fault_of(error: Exception, path: Path, place: Path, cure: str) -> Fault:
         place: of the file, as the fault is to name it.
         cure: of damaged content; other reasons have their own.
     """
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         smaller = f"cut it into parts or shrink it to at most {MAX_PIXELS // 1_000_000} megapixels"
-        return Fault("image of too many pixels", place, smaller, str(error))
+        short = isinstance(error, MemoryError)
+        return Fault("image of too many pixels", place, smaller, "the memory is short" if short else str(error))
     if isinstance(error, PermissionError):
         return Fault("file that may not be read", place, "chmod u+r it, and chmod u+x its folder, or ask its owner to")
     if leads_nowhere(error, path):
-        return Fault("link that leads nowhere", place, "fetch what it points to, or remove it", os.readlink(path))
+        return Fault("link that leads nowhere", place, LINK_CURE, os.readlink(path))
     # whose own message is the path
     foreign = isinstance(error, UnidentifiedImageError)
     detail = "no known image format" if foreign else f"{type(error).__name__}: {error}"

@@ -10,18 +10,19 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.io import loadmat
+from PIL import Image
 
 from metaseg.data.archive import unpacked
 from metaseg.data.faults import Fault, fault_lines, inspect_each, warn_of
 from metaseg.data.folder import FileSource, check_filled, check_known, read_image, read_splits
 from metaseg.data.masks import resize_mask
-from metaseg.data.opening import TREE_FORMATS, fault_of, opened
+from metaseg.data.opening import TREE_FORMATS, by_turns, fault_of, opened
 from metaseg.data.source import SPLITS, Split, UInt8
 from metaseg.data.tree import RIGHTS_CURE, check_folder, may_be_file
 from metaseg.errors import DataError, printable
@@ -30,8 +31,9 @@ PASCAL_CLASSES = (  # class c of a mask is PASCAL_CLASSES[c - 1]; 0 is the backg
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-MATLAB_HEADER, MATLAB_COMPRESSED = 128, 15  # bytes of a file's, and what marks a compressed part
-MOST_INFLATED = 2**26  # bytes that one may become
+MI_UINT8, MI_MATRIX, MI_COMPRESSED = 2, 14, 15  # types of a MATLAB file's elements
+MX_UINT8, MX_CLASS, MX_LOGICAL = 9, 0xFF, 0x200  # of a matrix's flags: a class, the bits of it, and that of booleans
+MOST_BYTES = 2**24  # of a MATLAB file, and of what it becomes; SBD's have less than one million
 VOID = 255  # VOC's outlines and doubtful spots; SBD has none
 
 VOC_CURE = (
@@ -166,7 +168,7 @@ class PascalSource(FileSource):
     def _look(self, pair: Pair) -> _Finding | Fault:
         at = pair.image
         try:
-            with opened(pair.image, TREE_FORMATS) as file:
+            with opened(pair.image, TREE_FORMATS) as file, by_turns(file):
                 file.load()  # a truncated file shows only when it is decoded
                 width, height = file.size
             at = pair.labels
@@ -176,7 +178,7 @@ class PascalSource(FileSource):
         if labels.shape != (height, width):
             sizes = f"{labels.shape[1]}×{labels.shape[0]}, its image {width}×{height}"
             return Fault("mask of another size than its image", at, "unpack both again from their archive", sizes)
-        counts = np.bincount(labels.ravel(), minlength=256)
+        counts = np.array(Image.fromarray(labels).histogram())  # NumPy's would take eight times the memory
         strange = np.flatnonzero(counts[len(PASCAL_CLASSES) + 1 : VOID])
         if strange.size:
             cure = "use the published masks, whose pixels are 0 … 20, or 255 for void"
@@ -199,29 +201,60 @@ def read_labels(path: Path) -> UInt8:
                 raise ValueError(f"an image of mode {file.mode} instead of a palette of class numbers")
             return np.asarray(file)
     try:
-        _check_inflated(path)
-        labels = loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"].flat[0]
-    except Exception as error:  # over a damaged file, SciPy raises a dozen kinds, its own and Python's
+        with path.open("rb") as file:
+            return _segmentation(file.read(MOST_BYTES + 1))
+    except Exception as error:  # over a damaged file, of many kinds
         raise ValueError(f"no GTcls.Segmentation can be read ({type(error).__name__}: {error})") from error
-    if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8 or labels.ndim != 2:
-        raise ValueError("GTcls.Segmentation is no matrix of uint8")
-    return labels
 
 
-def _check_inflated(path: Path) -> None:
-    """Refuse a MATLAB file (version 5) that becomes more than masks and outlines have: SciPy would inflate a bomb."""
-    content = path.read_bytes()
-    order = "<" if content[126:128] == b"IM" else ">"
-    at = MATLAB_HEADER
-    while at + 8 <= len(content):
-        kind, length = struct.unpack(f"{order}II", content[at : at + 8])
-        at += 8
-        if kind == MATLAB_COMPRESSED:
+def _segmentation(content: bytes) -> UInt8:
+    """`GTcls.Segmentation` of a MATLAB file (version 5, of a PC), and nothing else of it.
+
+    SciPy's reader makes room for whatever a few bytes claim, a struct of 2**31 elements, or compressed zeros.
+    """
+    if content[126:128] != b"IM" or len(content) > MOST_BYTES:
+        raise ValueError(f"it is no MATLAB file of version 5, or more than {MOST_BYTES >> 20} MiB")
+    for kind, part in _elements(content[128:]):
+        if kind == MI_COMPRESSED:
             inflating = zlib.decompressobj()
-            inflating.decompress(content[at : at + length], MOST_INFLATED)
-            if inflating.unconsumed_tail:
-                raise ValueError(f"it would become more than {MOST_INFLATED >> 20} MiB")
-        at += length
+            inflated = inflating.decompress(part, MOST_BYTES)
+            if not inflating.eof:
+                raise ValueError(f"it is cut off, or becomes more than {MOST_BYTES >> 20} MiB")
+            kind, part = next(_elements(inflated))
+        if kind != MI_MATRIX:
+            continue
+        elements = _elements(part)
+        _flags, _shape, (_, name) = islice(elements, 3)
+        if name == b"GTcls":
+            (_, width), (_, names) = islice(elements, 2)  # of the fields
+            places = range(0, len(names), int.from_bytes(width, "little"))
+            for at, (_, field) in zip(places, elements, strict=False):
+                if names[at : at + places.step].rstrip(b"\0") == b"Segmentation":
+                    return _uint8_matrix(field)
+    raise ValueError("there is none")
+
+
+def _uint8_matrix(part: bytes) -> UInt8:
+    (_, flags), (_, shape), _, (kind, values) = _elements(part)
+    if struct.unpack_from("<I", flags)[0] & (MX_CLASS | MX_LOGICAL) != MX_UINT8 or kind != MI_UINT8 or len(shape) != 8:
+        raise ValueError("it is no matrix of uint8")
+    return np.frombuffer(values, np.uint8).reshape(struct.unpack("<2i", shape), order="F")
+
+
+def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The elements of a MATLAB file, or of a matrix in it: of what type each is, and what it holds."""
+    at = 0
+    while at < len(content):
+        kind, length = struct.unpack_from("<II", content, at)
+        if kind >> 16:  # up to four bytes, in place of the length
+            yield kind & 0xFFFF, content[at + 4 : at + 4 + (kind >> 16)]
+            at += 8
+            continue
+        at += 8
+        if at + length > len(content):
+            raise ValueError("it is cut off")
+        yield kind, content[at : at + length]
+        at += length if kind == MI_COMPRESSED else length + -length % 8
 
 
 def _named(which: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> frozenset[str]:

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
+from metaseg.atomic import folder_whole
 from metaseg.data.source import SPLITS, Split, TaskSource, UInt8
 from metaseg.errors import DataError
 
@@ -42,6 +42,7 @@ META, TASKS, IMAGES = "shards.json", "tasks.npy", "images.npy"
 IMAGE = np.dtype([("start", "<u8"), ("image", "<u4"), ("mask", "<u4")])
 BLOCK = tarfile.BLOCKSIZE
 MOST_NAMES = 95_000_000  # bytes as JSON: the head of a safetensors file, 100 MB, has to hold them
+MOST_SIDE = 4096  # pixels of an image's height and width
 TOGETHER = 256  # tasks that the writer has in memory
 CURE = "copy the folder again, or write it again with python -m metaseg.shard"
 
@@ -110,6 +111,7 @@ class ShardSource:
         self._names = {
             split: TaskNames(tasks["name"][self._first[split] : end]) for split, end in zip(SPLITS, ends, strict=True)
         }
+        self._check_tasks()
         self._check_sizes()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -219,6 +221,24 @@ class ShardSource:
             raise DataError(f"{self._at(name)} is no array of NumPy's ({error}): {CURE}") from error
         raise DataError(f"{self._at(name)} is not the one that {META} is of: {CURE}")
 
+    def _check_tasks(self) -> None:
+        """Names are text, each there once and in its order; images are of the index. For a million tasks, 0.1 s."""
+        names, first, count = (self._tasks[field] for field in ("name", "first", "count"))
+        every, most = np.sort(names, kind="stable"), len(self._images)
+        odd = ""
+        try:
+            every.astype(f"S{every.itemsize + 1}").tobytes().decode()  # with a zero between any two
+        except UnicodeDecodeError:
+            odd = "a name is no text"
+        if not ((first <= most) & (count <= most - first)).all():
+            odd = f"a task has images that {IMAGES} has not"
+        elif not (every[:-1] < every[1:]).all():
+            odd = "a task is in two splits, or twice in one"
+        elif not all((split._encoded[:-1] < split._encoded[1:]).all() for split in self._names.values()):
+            odd = "the names are not in their order"
+        if odd:
+            raise DataError(f"{self._at(TASKS)}: {odd}: {CURE}")
+
     def _check_sizes(self) -> None:
         """A folder's shards are as long as they were written; those behind a URL are not asked one by one."""
         storage, _ = url_to_fs(self.root)
@@ -235,7 +255,7 @@ class ShardSource:
 
 
 def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
-    """Write a data set as shards into the folder `out`, which comes into being whole: `OUT.partial` becomes it.
+    """Write a data set as shards into the folder `out`, which comes into being whole.
 
     The same source gives the same bytes, with the same versions of Pillow and zlib. Images are PNG, so nothing is lost.
 
@@ -247,39 +267,49 @@ def write_shards(source: TaskSource, out: Path, shard_bytes: int) -> None:
     Raises:
         DataError: if `out` is there or cannot be written, or a task has a name that cannot be one in a tar file.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} is already there: choose another out, or remove it")
+    if _is_taken(out):
+        raise _taken(out)
     names = {split: sorted(source.names(split)) for split in SPLITS}
-    every = list(chain.from_iterable(names.values()))
     _check_image_size(source.image_size, source.name)
-    _check_names(every, source.family)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+    _check_names(list(chain.from_iterable(names.values())), source.family)
     try:
-        partial.mkdir(parents=True)
-        tasks = np.zeros(len(every), task_type(max(len(name.encode()) for name in every)))
-        images, shards = bytearray(), 1
-        pending = track(_encoded(source, every), "writing shards", len(every), transient=True)
-        with ExitStack() as opened:
-            tar = opened.enter_context(_new(partial, 0))
-            for row, (name, files) in enumerate(zip(every, pending, strict=True)):
-                if tar.offset >= shard_bytes:
-                    opened.close()
-                    shards += 1
-                    tar = opened.enter_context(_new(partial, shards - 1))
-                tasks[row] = name.encode(), len(images) // IMAGE.itemsize, len(files), shards - 1
-                added = [_add(tar, f"{name}/{i:03d}", *pair) for i, pair in enumerate(files)]
-                images += np.array(added, IMAGE).tobytes()
-        sizes = [(partial / _shard_name(number)).stat().st_size for number in range(shards)]
-        splits = {split: len(names[split]) for split in SPLITS}
-        write_index(partial, source, splits, tasks, np.frombuffer(images, IMAGE), sizes)
-        partial.rename(out)
+        with folder_whole(out, "writes", _is_taken) as partial:
+            if not partial:  # another process has written it by now
+                raise _taken(out)
+            _write(source, names, partial, shard_bytes)
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error}): make room or see to the rights, or choose another out"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_taken(out: Path) -> bool:
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+
+
+def _taken(out: Path) -> DataError:
+    return DataError(f"{out} is already there: choose another out, or remove it")
+
+
+def _write(source: TaskSource, names: Mapping[Split, Sequence[str]], folder: Path, shard_bytes: int) -> None:
+    """Write shards and index into a folder that is empty."""
+    every = list(chain.from_iterable(names.values()))
+    tasks = np.zeros(len(every), task_type(max(len(name.encode()) for name in every)))
+    images, shards = bytearray(), 1
+    pending = track(_encoded(source, every), "writing shards", len(every), transient=True)
+    with ExitStack() as opened:
+        tar = opened.enter_context(_new(folder, 0))
+        for row, (name, files) in enumerate(zip(every, pending, strict=True)):
+            if tar.offset >= shard_bytes:
+                opened.close()
+                shards += 1
+                tar = opened.enter_context(_new(folder, shards - 1))
+            tasks[row] = name.encode(), len(images) // IMAGE.itemsize, len(files), shards - 1
+            added = [_add(tar, f"{name}/{i:03d}", *pair) for i, pair in enumerate(files)]
+            images += np.array(added, IMAGE).tobytes()
+    sizes = [(folder / _shard_name(number)).stat().st_size for number in range(shards)]
+    splits = {split: len(names[split]) for split in SPLITS}
+    write_index(folder, source, splits, tasks, np.frombuffer(images, IMAGE), sizes)
 
 
 def write_index(
@@ -421,8 +451,9 @@ def _checked(meta: Any, path: str) -> dict[str, Any]:
 
 
 def _check_image_size(size: int, where: str) -> None:
-    if size < 32 or size % 16:
-        raise DataError(f"{where} has images of {size}²: write a multiple of 16 from 32 on, by dataset.image_size")
+    if not 32 <= size <= MOST_SIDE or size % 16:
+        cure = f"write a multiple of 16 from 32 to {MOST_SIDE}, by dataset.image_size"
+        raise DataError(f"{where} has images of {size}²: {cure}")
 
 
 def _unreachable(path: str, error: Exception) -> DataError:

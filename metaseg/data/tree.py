@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from metaseg.data.faults import MOST_TOLD, Cost, Fault, first, inspect_each, stray
-from metaseg.data.masks import binary, class_colours, is_photograph, levels_of, mask_values, resize_mask
-from metaseg.data.opening import TREE_FORMATS, fault_of, leads_nowhere, opened
+from metaseg.data.masks import binary, class_colours, half_of, is_photograph, levels_of, mask_values, resize_mask
+from metaseg.data.opening import LINK_CURE, TREE_FORMATS, by_turns, fault_of, leads_nowhere, opened
 from metaseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
@@ -28,7 +28,6 @@ MASK_SUFFIX = ".png"
 OTHER_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".jfif")
 
 RIGHTS_CURE = "chmod u+rx it and the folders above it, or ask their owner to"
-LINK_CURE = "fetch what it points to, or remove it"
 OTHER_FORMAT = "image of a format that is not read here"
 FORMAT_CURE = "save the image as <stem>.jpg, its mask as <stem>.png"
 
@@ -219,22 +218,22 @@ def _fault(root: Path, image_size: int, task: str, pair: Pair) -> Fault | None:
     image, mask = Path(task, pair.image), Path(task, pair.mask)
     at = image
     try:
-        with opened(root / image, TREE_FORMATS) as file:
+        with opened(root / image, TREE_FORMATS) as file, by_turns(file):
             file.load()  # a truncated file shows only when it is decoded
             width, height = file.size
             deep, rotation = file.mode.startswith("I"), _rotation(file)
         at = mask
-        with opened(root / mask, TREE_FORMATS) as file:
-            values = mask_values(file)
+        with opened(root / mask, TREE_FORMATS) as file, by_turns(file):
+            drawn = file.size
+            fault = _mask_fault(mask, mask_values(file), image_size)
     except Exception as error:
         return fault_of(error, root / at, at, "fetch or export it again, or remove the image and its mask")
     if deep:
         return Fault("image of more than 8 bits", image, "save it with 8 bits a channel")
-    if values.shape[:2] != (height, width):
+    if drawn != (width, height):
         cure = "export the mask at its image's size (of a photo with an EXIF rotation: as the pixels are stored)"
-        sizes = f"{values.shape[1]}×{values.shape[0]}, its image {width}×{height}"
+        sizes = f"{drawn[0]}×{drawn[1]}, its image {width}×{height}"
         return Fault("mask of another size than its image", mask, cure, sizes)
-    fault = _mask_fault(mask, values, image_size)
     # a quarter turn of an oblong image would show in the mask's size; of other turns nobody knows what it was drawn on
     if not fault and (rotation in (2, 3, 4) or (rotation in (5, 6, 7, 8) and width == height)):
         cure = "save it upright, without the rotation, and its mask likewise"
@@ -264,4 +263,7 @@ def _mask_fault(mask: Path, values: NDArray[np.integer], image_size: int) -> Fau
     if inside.all():
         cure = "draw what is not the object as 0 (in the colours: transparency is ignored), or remove the pair"
         return Fault("mask without a background", mask, cure)
+    if colours and max(colours[0]) <= half_of(levels):
+        cure = "draw the object in white, and all that is not the object in black"
+        return Fault("mask with an area too dark for an object, read as background", mask, cure, cost=Cost.DOUBT)
     return None
