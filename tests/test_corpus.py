@@ -94,8 +94,8 @@ def test_what_is_broken_is_named_with_its_cure_and_the_rest_is_used(
     assert all(breakage.kind in str(one.message) for one in warned)
 
 
-# one of each kind of end: sound, left out, only ignored; and every message
-ENDS = {("" if one.usable else one.kind, one.quiet, not one.kind): one for one in reversed(BREAKAGES)}.values()
+# all that end it; and one each of sound, left out, only ignored
+ENDS = {("" if one.usable else one.name, one.quiet, not one.kind): one for one in reversed(BREAKAGES)}.values()
 
 
 @pytest.mark.parametrize("breakage", [pytest.param(one, id=one.name) for one in ENDS])
