@@ -1,4 +1,4 @@
-"""Thousands of meta-steps of a small network: memory, open files, threads and processes stay as they are."""
+"""Thousands of meta-steps of a small network: memory, open files and threads of the process stay as they are."""
 
 import os
 from pathlib import Path
