@@ -25,6 +25,8 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from safetensors.torch import save_file
@@ -47,7 +49,7 @@ from metaseg.dashboard import write_page
 from metaseg.data import pascal
 from metaseg.data.folder import read_splits
 from metaseg.data.shards import ShardSource
-from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError
+from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError, printable
 from metaseg.initialisation import check_resumable, read_about, read_network, save_initialisation
 from metaseg.job import build, fingerprint
 from metaseg.models import EfficientLab
@@ -881,10 +883,31 @@ def test_no_message_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
-    """A hub shows it as a page: no tag or link begins in it, and no code ends early."""
-    evil = "<script>alert(1)</script> [x](javascript:alert(1)) `` ``` | x"
-    model = {**MODEL, "backbone": evil, "weights": evil, "drop_path": evil}
+def tokens(markdown: str) -> list[Token]:
+    """What a page that knows tables and HTML makes of a text."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(markdown)
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+CARDS = {
+    "tags": f"<script>alert(1)</script> {MARKUP} &lt;b&gt;",
+    "links": "[x](javascript:alert(1)) ![x](https://x) <https://x>",
+    "behind a backslash": "\\<img src=x onerror=alert(1)> \\[x](https://x) \\| \\`<b>",
+    "code and cells": "`` ``` | x `<b>`",
+    "emphasis": "__x__ *x* _x_",
+    "no encoding has it": "\ud800",
+}
+
+
+@pytest.mark.parametrize("lines", ["", "\n\n<script>alert(1)</script>\n\n", "\n---\n", "\r\x1b\u2028"], ids=ascii)
+@pytest.mark.parametrize("how", CARDS)
+def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path, how: str, lines: str) -> None:
+    """A hub shows it as a page: no tag, link or emphasis begins in it, and no code, cell or block ends early.
+
+    An initialisation's texts have one line; nobody has looked at those of the results beside it.
+    """
+    evil = CARDS[how]
+    model = {**MODEL, "backbone": evil, "weights": "imagenet", "drop_path": evil}
     update = {**UPDATE, "adapts": f"{'a ' * 60}```\u2028```{evil}"}
     about = replace(ABOUT, algo=evil, dataset=evil, splits_sha256=evil, model=model, update=update)
     save_initialisation(TINY, about, tmp_path / "init.safetensors")
@@ -897,16 +920,22 @@ def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
     }
     drawn = {"queries": 5, "draws": 1, "image_size": 64}
     known = {key: getattr(about, key) for key in ("algo", "seed", "meta_steps", "update")}
-    texts = dict.fromkeys(("dataset", "batchnorm", "git_commit"), evil)
+    texts = {key: f"{key} {evil}{lines}{evil}" for key in ("dataset", "batchnorm", "git_commit")}
     results = {**known, **texts, "shots": 5, "episodes": drawn, "train": None, "val": None, "test": part}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    text = write_card(tmp_path / "init.safetensors").read_text()
+    text = write_card(tmp_path / "init.safetensors").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
-    assert OmegaConf.create(front).tags[2] == evil
-    assert "| test | 2 | 50.0 |" in body
-    prose = re.sub(r"^```yaml\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)  # code
-    assert re.findall(r"(?<!\\)[<>`]|(?<!\\)\[[^\]]*\]\(", prose) == []
+    assert re.fullmatch(r"[\w .-]+", OmegaConf.create(front).tags[2])
+    found = tokens(body)
+    marks = {"heading_open", "paragraph_open", "bullet_list_open", "list_item_open", "fence", "code_inline", "text"}
+    marks |= {f"{part}_open" for part in ("table", "thead", "tbody", "tr", "th", "td")}
+    assert {token.type for token in found if token.nesting >= 0 and token.type != "inline"} == marks
+    told = "".join(token.content for token in found if token.type == "text")
+    assert told.count(printable(evil)) == 9
+    assert told.count(printable(texts["dataset"])) == 1
+    code = [token.content for token in found if token.type == "code_inline"]
+    assert printable(texts["git_commit"]).replace("`", "'") in code  # the pipe, too, which ends no cell
+    assert not {"html_inline", "html_block"} & {token.type for token in tokens(text)}  # with the front matter
     (tmp_path / "results.json").write_text(json.dumps({**results, "test": {**part, "tasks": evil}}))
     assert "None: no results.json of it lies beside it." in write_card(tmp_path / "init.safetensors").read_text()
 
