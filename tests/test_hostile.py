@@ -10,6 +10,8 @@ import pickle
 import re
 import sys
 import tarfile
+import time
+import tracemalloc
 import zipfile
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -45,7 +47,8 @@ from metaseg.card import write_card
 from metaseg.checkpoints import CheckpointFiles
 from metaseg.compare import compare, print_table, read_run, write_plot
 from metaseg.config import config_dir, expand_update, make_update
-from metaseg.dashboard import write_page
+from metaseg.dashboard import SECTIONS, write_page
+from metaseg.dashboard import main as dashboard_command
 from metaseg.data import pascal
 from metaseg.data.folder import read_splits
 from metaseg.data.shards import ShardSource
@@ -59,8 +62,9 @@ from metaseg.run import main as run_command
 from metaseg.run import run
 from metaseg.search import search
 from metaseg.study import open_storage, open_study
-from metaseg.summary import read_job, summarise
+from metaseg.summary import Row, draw, read_job, summarise
 from metaseg.sweep import read_outcome
+from metaseg.texts import read_csv
 from metaseg.trust import OPTIMIZERS, PARTS
 
 
@@ -288,6 +292,14 @@ def test_what_names_code_is_not_shipped(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match=r"^metaseg: .* asks for os.mkdir"):
         ship.main([str(tmp_path)])
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("mean", [10**400, "0.5", float("nan")], ids=["huge", "text", "none"])
+def test_what_has_no_iou_is_not_shipped(tmp_path: Path, mean: Any) -> None:
+    results = {"meta_steps": 3, "dataset": "", "splits_sha256": "", "episodes": {}, "shots": 5}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "val": {"iou": {"mean": mean}, "tasks": 2}}))
+    with pytest.raises(DataError, match="holds no finished run"):
+        ship.ship([tmp_path])
 
 
 # What a file can have made: the list, and nothing else
@@ -856,9 +868,156 @@ def test_a_run_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: Path, tr
     assert not trace.exists()
 
 
+def scored(mean: Any = 0.5, ci95: Any = (0.4, 0.6), **more: Any) -> dict[str, Any]:
+    """The test's numbers in a results.json."""
+    return {"test": {"tasks": 2, "iou": {"mean": mean, "ci95": ci95}, **more}}
+
+
+def at(step: Any = 1, iou: Any = 0.5, loss: Any = 0.5) -> dict[str, Any]:
+    return scored(course=[{"step": step, "iou": iou, "loss": loss}])
+
+
+ODD_RESULTS: dict[str, dict[str, Any]] = {
+    "an IoU of 400 digits": scored(10**400),
+    "an IoU as text": scored("0.5"),
+    "an IoU that is none": scored(float("nan")),
+    "an IoU out of sight": scored(1e308),
+    "half an interval": scored(ci95=[0.4]),
+    "an interval as text": scored(ci95=["0.4", "0.6"]),
+    "a truth for an IoU": scored(True),
+    "a step of 400 digits": at(step=10**400),
+    "a step as text": at(step="1"),
+    "a loss out of sight": at(loss=-1e308),
+    "an IoU on the way of 400 digits": at(iou=10**400),
+    "seconds of 400 digits": {"wall_s": 10**400},
+    "seconds as text": {"wall_s": "1"},
+}
+ODD_FILES: dict[str, dict[str, str | None]] = {  # content by name; None is a pipe, nothing a folder
+    "a pipe for metrics": {"csv/metrics.csv": None},
+    "a folder for metrics": {"csv/metrics.csv": ""},
+    "a meta-step of 400 digits": {"csv/metrics.csv": f"step,val/iou\n1{400 * '0'},0.5\n"},
+    "metrics out of sight": {"csv/metrics.csv": "step,val/iou\n1,1e308\n2,-1e308\n3,inf\n4,0.5\n"},
+    "a pipe for a picture": {"panels/00-t1.png": None},
+    "a folder for a picture": {"panels/00-t1.png": ""},
+    "a pipe for a search": {"uho.json": None, "uho.png": None},
+    "a folder for a search": {"uho.json": "", "uho.png": ""},
+    "a search of 400 digits": {"uho.json": f'{{"trials": 1, "history": [], "default_val_iou": 1{400 * "0"}}}'},
+    "a search of no trials": {"uho.json": '{"history": {}}'},
+    "an outcome of no lines": {"outcome.json": '{"state": 1, "headline": null, "config_sha256": "", "error": " "}'},
+    "a headline of 400 digits": {
+        "outcome.json": f'{{"state": 1, "headline": 1{400 * "0"}, "config_sha256": "", "error": ""}}'
+    },
+}
+
+
+def leave(folder: Path, files: dict[str, str | None]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            os.mkfifo(folder / name)
+        elif content:
+            (folder / name).write_text(content)
+        else:
+            (folder / name).mkdir()
+
+
+def test_one_broken_run_does_not_end_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor one that never ends, nor those whose names have no encoding or are as long as a file may be."""
+    top, sound = tmp_path / "runs", {"t1": 0.5, "t2": 0.25}
+    write_run(top / "sound", sound, mode="fit_test", **at())
+    for how, more in ODD_RESULTS.items():
+        write_run(top / how, sound, **{**scored(), **more})
+    for how, files in ODD_FILES.items():
+        write_run(top / how, sound, mode="uho" if "search" in how else "fit_test", **scored())
+        leave(top / how, files)
+    leave(top / "an end of no lines", {".hydra/overrides.yaml": "[]", **ODD_FILES["an outcome of no lines"]})
+    write_run(top / "nobody's folder", sound, **scored())
+    leave(top / "nobody's folder", {".hydra/overrides.yaml": "['ckpt_path=~no-such-user/x']"})
+    write_run(top / "a name that none can write", sound, mode="fit_test", algo="\ud800", **at())
+    leave(top / "a name that none can write", {"csv/metrics.csv": "step,val/iou\n1,0.5\n"})
+    write_run(top / "a name that none can read", sound, mode="fit_test", algo="$a" * 10**6, **at())
+    leave(top / "a name that none can read", {"csv/metrics.csv": "step,val/iou\n1,0.5\n"})
+    write_run(top / os.fsdecode(b"\xff\xfe"), sound, **scored())
+    write_run(top / os.fsdecode(b"\xff"), sound, **scored("0.5"))
+    dashboard_command([str(top), "--out", str(tmp_path / "report.html")])
+
+    found = find([top])
+    broken = {*ODD_RESULTS, "an end of no lines", "nobody's folder", os.fsdecode(b"\xff")}
+    assert {path.name for path in found.broken} == broken
+    assert len(found.runs) + len(broken) == len([*top.iterdir()])
+    assert found.broken[top / "an end of no lines"] == "killed, or still running"
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert Page(text).odd == []
+    assert text.count("<h2>") == len(SECTIONS) + 1
+    assert 'href="runs/%FF%FE"' in text
+    assert r"\udcff: " in capsys.readouterr().out  # as the terminal is told
+
+
+def test_a_run_s_files_are_read_up_to_a_size(tmp_path: Path) -> None:
+    """These have holes, and take no room on the disk."""
+    run = write_run(tmp_path / "run", {"t1": 0.5}, mode="uho", **scored())
+    names = ("uho.json", "uho.png", "csv/metrics.csv", "panels/00-t1.png")
+    leave(run, dict.fromkeys(names, "\x89PNG"))
+    for name in names:
+        os.truncate(run / name, 2**36)
+    write_page([run], tmp_path / "report.html")
+    assert "uho.json has more than 16,777,216 bytes" in (tmp_path / "report.html").read_text()
+    for name in ("per_task.csv", "results.json"):
+        os.truncate(run / name, 2**36)
+        with pytest.raises(ComparisonError, match=rf"{name} has more than [\d,]+ bytes"):
+            read_run(run)
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").touch()
+    os.truncate(run / ".hydra" / "overrides.yaml", 2**36)
+    with pytest.raises(DataError, match=r"overrides.yaml has more than 131,072 bytes"):
+        read_job(run)
+
+
+def test_a_long_head_over_many_lines_stays_small(tmp_path: Path) -> None:
+    """Ten million cells, if each line had them all."""
+    (tmp_path / "metrics.csv").write_text("x," * 10_000 + "step\n" + "1\n" * 1_000)
+    tracemalloc.start()
+    assert list(read_csv(tmp_path / "metrics.csv", ("step", "loss"))) == [{}] * 1_000
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_name_of_megabytes_is_drawn_at_once() -> None:
+    """Breaking it into lines would take minutes, and one line of it more than Matplotlib draws."""
+    started = time.perf_counter()
+    draw([Row({"algo": "a" * 4_000_000}, {"0": [0.5]}, [])], io.BytesIO())
+    assert time.perf_counter() - started < 10
+
+
+def test_a_run_of_too_many_episodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", {"ant": 0.5, "bee": 0.5, "cat": 0.5})
+    monkeypatch.setattr("metaseg.compare.MOST_EPISODES", 3)
+    assert len(read_run(run).scores) == 3
+    monkeypatch.setattr("metaseg.compare.MOST_EPISODES", 2)
+    with pytest.raises(ComparisonError, match="it is of 3 episodes"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("iou", ["nan", "inf", "1e308"])
+def test_a_task_s_iou_is_a_number(tmp_path: Path, iou: str) -> None:
+    """A loss may be infinite, of an adaptation that diverged."""
+    run = write_run(tmp_path / "run", {"ant": 0.5}, loss=float("inf"))
+    assert read_run(run).task_means("loss") == {"ant": float("inf")}
+    (run / "per_task.csv").write_text(f"task,draw,iou,loss\nant,0,{iou},0.5\n")
+    with pytest.raises(ComparisonError, match="an IoU is no number"):
+        read_run(run)
+
+
+def test_a_page_reads_searches_of_the_run_s_own_folder(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "run", {"ant": 0.5}, mode="../../uho", **scored())
+    (tmp_path / "uho.json").write_text("{}")
+    write_page([tmp_path / "runs"], tmp_path / "report.html")
+    assert "is not what a search writes" not in (tmp_path / "report.html").read_text()
+
+
 def test_an_outcome_of_other_kinds_is_none(tmp_path: Path) -> None:
     sound = {"state": "finished", "headline": 0.5, "config_sha256": "", "error": None}
-    for spoilt in ({"headline": "0.5"}, {"headline": [1]}, {"error": 3}, {"error": ["a"]}):
+    for spoilt in ({"headline": "0.5"}, {"headline": [1]}, {"headline": 10**400}, {"error": 3}, {"error": ["a"]}):
         (tmp_path / "outcome.json").write_text(json.dumps(sound))
         assert read_outcome(tmp_path) == sound
         (tmp_path / "outcome.json").write_text(json.dumps(sound | spoilt))
@@ -879,8 +1038,13 @@ def test_no_message_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixt
     print_table(compare([a], [a]))
     (a / ".hydra").mkdir()
     (a / ".hydra" / "overrides.yaml").write_text(json.dumps([f"algo='{title}'"]))
+    leave(tmp_path / title, {".hydra/overrides.yaml": "[]"})
+    outcome = {"state": "failed", "headline": None, "config_sha256": "", "error": f"once\n\n{title}\n"}
+    (tmp_path / title / "outcome.json").write_text(json.dumps(outcome))
     summarise(tmp_path)
-    assert "\x1b" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert f"{shown}: {shown}\n" in said
 
 
 def tokens(markdown: str) -> list[Token]:
