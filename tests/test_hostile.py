@@ -44,7 +44,7 @@ from metaseg.adapt import __main__ as adapt_command
 from metaseg.adapt.output import Output
 from metaseg.app import __main__ as app_command
 from metaseg.card import write_card
-from metaseg.checkpoints import CheckpointFiles
+from metaseg.checkpoints import BestCheckpoint, CheckpointFiles
 from metaseg.compare import compare, print_table, read_run, write_plot
 from metaseg.config import config_dir, expand_update, make_update
 from metaseg.dashboard import SECTIONS, write_page
@@ -673,6 +673,114 @@ def test_what_is_not_finite_is_not_resumed(tmp_path: Path, data: list[str], stop
     torch.save(checkpoint, tmp_path / "evil.ckpt")
     message = refused(job(*RESUMABLE, "ckpt_path={}"), tmp_path / "evil.ckpt", data)
     assert "holds numbers in head.bias that are none (NaN) or infinite" in message
+
+
+def with_momentum(buffer: Any) -> Callable[[dict[str, Any]], None]:
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["state"] = {0: {"momentum_buffer": buffer}}
+        checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] = 0.9
+
+    return spoil
+
+
+def with_value(value: Any, *place: Any) -> Callable[[dict[str, Any]], None]:
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        *way, last = place
+        for key in way:
+            checkpoint = checkpoint[key]
+        checkpoint[last] = value
+
+    return spoil
+
+
+def around(value: Any) -> list[Any]:
+    """Itself, and what is in it, often."""
+    node = [value]
+    for _ in range(50):
+        node = [node, node]
+    return node
+
+
+GROUP = ("optimizer_states", 0, "param_groups", 0)
+STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {  # found before a network is made
+    "of a stride of nothing": (with_momentum(torch.zeros(1).expand(15 * 10**8)), "its tensors in .* larger than the"),
+    "that is cast": (with_momentum(torch.zeros(9, dtype=torch.float64)), "a tensor in optimizer_states .*float64"),
+    "sparse": (with_momentum(torch.zeros(9).to_sparse()), "a tensor in optimizer_states .*sparse"),
+    "without numbers": (with_momentum(torch.zeros(9, device="meta")), "a tensor in optimizer_states"),
+    "not finite": (with_momentum(torch.tensor([0.0, torch.nan])), "numbers in optimizer_states that are none"),
+    "without end": (with_momentum(around(1.0)), "the same values twice in optimizer_states"),
+    "a rate that is none": (with_value(float("nan"), *GROUP, "lr"), "it has nan in optimizer_states"),
+    "a course without end": (with_value(float("inf"), "lr_schedulers", 0, "base_lrs", 0), "it has inf in lr_sch"),
+    "a set": (with_value({1}, "loops", "fit_loop"), "it has .1. in loops"),
+    "a best of terabytes": (
+        with_value({"best_k_models": {"": torch.zeros(1).expand(2**40)}}, "callbacks", "B"),
+        "larger",
+    ),
+}
+RESTORED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {  # found before the first step
+    "of another shape": (with_momentum(torch.zeros(3)), "cannot be resumed: its optimizer, .*size of tensor"),
+    "a rate as text": (with_value("x", *GROUP, "lr"), "cannot be resumed"),
+    "no optimizer": (with_value([], "optimizer_states"), "cannot be resumed: .*not enough values"),
+    "no group": (with_value([], "optimizer_states", 0, "param_groups"), "cannot be resumed"),
+    "another schedule": (with_value({"base_lrs": "x", "step": 3}, "lr_schedulers", 0), "cannot be resumed"),
+    "a schedule of another step": (with_value(3, "lr_schedulers", 0, "step"), "cannot be resumed: .*callable"),
+    "other loops": (with_value({}, "loops", "fit_loop", "epoch_progress"), "epoch_progress of its loops"),
+    "no loops": (with_value({}, "loops"), "cannot be resumed: .*fit_loop"),
+    "a count as text": (with_value("x", "dropped_episodes"), "cannot be resumed"),
+}
+
+
+@pytest.mark.parametrize("how", STATES)
+def test_the_state_to_resume_from_is_no_larger_than_its_file(tmp_path: Path, stopped: Path, how: str) -> None:
+    spoil, message = STATES[how]
+    checkpoint = torch.load(stopped, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match=rf"that metaseg wrote: .*{message}.*; give the init.safetensors of a run"):
+        check_resumable(tmp_path / "evil.ckpt", ABOUT, {})
+
+
+def test_a_sound_state_is_that_of_another_run(stopped: Path) -> None:
+    """So that the test above is one of what it changes."""
+    with pytest.raises(ConfigError, match="is of a run with"):
+        check_resumable(stopped, ABOUT, {})
+
+
+@pytest.mark.parametrize("how", RESTORED)
+def test_a_state_that_training_cannot_go_on_from_is_refused(
+    tmp_path: Path, data: list[str], stopped: Path, how: str
+) -> None:
+    """With the cure, and not as the error that it makes in Lightning."""
+    spoil, message = RESTORED[how]
+    checkpoint = torch.load(stopped, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match=rf"(?s){message}.*Give an earlier checkpoint, or model.weights=PATH"):
+        run(composed(*data, *RESUMABLE, f"ckpt_path={tmp_path}/evil.ckpt"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"best_model_score": "0.5"},
+        {"best_k_models": [1]},
+        {"best_k_models": {"best.ckpt": 0.5}},
+        {"best_k_models": {"best.ckpt": torch.zeros(1)}},
+        {"best_k_models": {"best.ckpt": torch.zeros(2)}, "kth_best_model_path": "best.ckpt"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_the_best_so_far_is_one_that_can_be_compared_with(
+    tmp_path: Path, noted: dict[str, Any], spoilt: dict[str, Any]
+) -> None:
+    best = BestCheckpoint(tmp_path)
+    best.load_state_dict(noted)
+    sound = {"best_k_models": {"best.ckpt": torch.tensor(0.5)}, "kth_best_model_path": "best.ckpt"}
+    best.load_state_dict(noted | sound)
+    assert best.best_k_models == sound["best_k_models"]
+    with pytest.raises(WeightsError, match="does not say of its best what a run does: give an earlier one"):
+        best.load_state_dict(noted | spoilt)
 
 
 def test_a_study_chooses_no_code(tmp_path: Path, trace: Path, data: list[str], stopped: Path) -> None:
