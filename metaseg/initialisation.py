@@ -25,7 +25,9 @@ from metaseg.texts import is_plain
 from metaseg.trust import NETWORKS, check_trusted
 
 MOST_PIXELS = 2**12  # of an image's side, at most, in a file
-MOST_DRAWN = 2**32  # pixels of all mini-batches of an adaptation, which lie in memory together: 17 GB
+# pixels of all mini-batches of an adaptation, which lie in memory together: 4 GB, twice that while they are drawn, and
+# three times with early stopping, whose search has as many of its own; the paper draws 2·10⁸, in 500 steps at 224²
+MOST_DRAWN = 2**30
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means

@@ -456,6 +456,18 @@ def test_what_a_file_says_of_itself_is_of_its_kind(tmp_path: Path, how: str) -> 
             read_about(path)
 
 
+@pytest.mark.parametrize("side", [64, None, 128])
+def test_an_update_draws_no_more_images_than_memory_has(tmp_path: Path, side: int | None) -> None:
+    """A billion pixels at most: eight images a step, of 64 where their size is not known."""
+    most = 2**30 // (8 * (side or 64) ** 2)
+    for steps in (most, most + 1):
+        about = replace(ABOUT, image_size=side, update={**UPDATE, "steps": steps, "batch_size": 8})
+        save_initialisation(TINY, about, tmp_path / f"{steps}.safetensors")
+    assert read_about(tmp_path / f"{most}.safetensors").update["steps"] == most
+    with pytest.raises(WeightsError, match=rf"asks for {8 * (most + 1)} images of {side or 64}², more than memory has"):
+        read_about(tmp_path / f"{most + 1}.safetensors")
+
+
 @pytest.mark.parametrize(
     "value",
     [(harmful(Path("trace")),), {1: 2}, {("_target_",): 1}, {b"_target_": 1}, {1}, b"bytes", torch.zeros(2), 1j],
@@ -546,6 +558,16 @@ def test_a_torch_file_does_not_become_larger_than_it_is(tmp_path: Path) -> None:
     assert bomb.stat().st_size < 50_000
     with pytest.raises(WeightsError, match="its records are compressed, which torch does not do"):
         read_weights(bomb)
+
+
+def test_a_torch_file_that_is_compressed_is_refused_even_if_it_is_no_larger(tmp_path: Path) -> None:
+    """Mapped into memory as it is, what is compressed would pass for the numbers."""
+    torch.save({"a": torch.randint(256, (10**5,), dtype=torch.uint8)}, tmp_path / "noise.pt")
+    path = rewritten(tmp_path / "noise.pt", bytes, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        assert sum(record.file_size for record in archive.infolist()) < path.stat().st_size
+    with pytest.raises(WeightsError, match="its records are compressed, which torch does not do"):
+        read_weights(path)
 
 
 def test_a_torch_file_that_claims_terabytes(tmp_path: Path) -> None:
