@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from metaseg.data.source import SPLITS
+from metaseg.errors import printable
 from metaseg.initialisation import About, read_about
 from metaseg.texts import read_json
 
 _IN_CODE = str.maketrans({"`": "'", "|": "\\|"})  # so that neither code nor the cell around it ends
+_MARKS = re.compile(r"[^\w .-]|(?<![^\W_])_|_(?![^\W_])")  # all that is not of words; fomaml_star is one
 
 
 class Known(NamedTuple):
@@ -54,7 +56,7 @@ def write_card(init: Path, path: Path | None = None) -> Path:
     about, results = read_about(init), read_results(init)
     try:
         text = card(about, results)
-    except (LookupError, TypeError, ValueError, AttributeError):  # a results.json that no run has written
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # a results.json of no run's
         text = card(about, None)
     path.write_text(text, encoding="utf-8")
     return path
@@ -91,17 +93,17 @@ def _front_matter(about: About, results: dict[str, Any] | None) -> dict[str, Any
         "license_name": "see-licence-below",
         "library_name": "metaseg-lightning",
         "pipeline_tag": "image-segmentation",
-        "tags": ["few-shot-segmentation", "meta-learning", about.algo],
+        "tags": ["few-shot-segmentation", "meta-learning", _name(about.algo)],
     }
     if results and results["test"]:
-        test, name = results["test"], results["dataset"]
+        test, name = results["test"], _name(results["dataset"])
         iou = {"type": "iou", "name": "mean of per-image object IoU, on test tasks", "value": test["iou"]["mean"]}
         result = {
             "task": {"type": "image-segmentation"},
             "dataset": {"name": name, "type": name, "split": "test"},
             "metrics": [iou],
         }
-        front["model-index"] = [{"name": f"{about.algo}-{about.dataset}", "results": [result]}]
+        front["model-index"] = [{"name": _name(f"{about.algo}-{about.dataset}"), "results": [result]}]
     return front
 
 
@@ -206,13 +208,18 @@ def _licence(about: About) -> str:
 
 
 def _text(said: object) -> str:
-    """What a file says, as text: no tag, link, code or cell of Markdown's begins in it."""
-    return re.sub(r"[<>\[\]|`]", lambda found: f"\\{found[0]}", str(said))
+    """What a file says, as text in one line: what Markdown or HTML could take for a mark of theirs is an entity."""
+    return _MARKS.sub(lambda found: f"&#{ord(found[0])};", printable(str(said)))
+
+
+def _name(said: object) -> str:
+    """What a file says, as a name in the front matter: of words alone, for some pages show it as Markdown, too."""
+    return _MARKS.sub("-", printable(str(said)))
 
 
 def _code(said: object) -> str:
-    """What a file says, as code: it ends nowhere before its end."""
-    return f"`{str(said).translate(_IN_CODE)}`"
+    """What a file says, as code in one line: it ends nowhere before its end."""
+    return f"`{printable(str(said)).translate(_IN_CODE)}`"
 
 
 def _percent(share: float) -> str:

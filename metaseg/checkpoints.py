@@ -13,9 +13,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from metaseg.atomic import written_whole
-from metaseg.errors import Stopped
+from metaseg.errors import Stopped, WeightsError
 from metaseg.models.weights import read_torch
 
 LAST = "last.ckpt"
@@ -50,7 +51,24 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(folder, "best", monitor="val/iou", mode="max", enable_version_counter=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best score and its file; Lightning would forget them where the folder is another one."""
+        """Take over the best score and its file; Lightning would forget them where the folder is another one.
+
+        Raises:
+            WeightsError: if the two do not belong together.
+        """
+        sound = state_dict.keys() == self.state_dict().keys()
+        try:
+            kept, best = state_dict["best_k_models"], state_dict["best_model_score"]
+            scores = [*kept.values(), *([] if best is None else [best])]
+            sound = sound and all(isinstance(score, Tensor) and score.numel() == 1 for score in scores)
+            sound = sound and (not kept or state_dict["kth_best_model_path"] in kept)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise WeightsError(
+                "the checkpoint to resume does not say of its best what a run does: give an earlier one, or "
+                "model.weights=PATH of its init.safetensors to begin a new run from its weights"
+            )
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 

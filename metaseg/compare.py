@@ -22,9 +22,10 @@ from rich.table import Table
 
 from metaseg.errors import ComparisonError, printable
 from metaseg.metrics import Floats, bootstrap_ci95, for_json
-from metaseg.texts import no_math, read_json
+from metaseg.texts import is_number, no_math, read_csv, read_json
 
 Measure = Literal["iou", "loss"]
+MOST_EPISODES = 100_000  # for which an interval takes some seconds
 _KINDS = {"algo": str, "batchnorm": str, "dataset": str, "splits_sha256": str, "shots": int}  # of results.json
 
 # update=, since the file names the ω that suits its θ, the learning rate chosen for it or UHO's ω*
@@ -209,16 +210,19 @@ def read_run(folder: Path) -> FinishedRun:
         raise ComparisonError(f"{folder} has no {' and no '.join(missing)}: name the folder of a run that has finished")
     try:
         found = read_json(results)
-        with per_task.open(newline="") as file:
-            scores: dict[tuple[str, int], dict[Measure, float]] = {
-                (row["task"], int(row["draw"])): {"iou": float(row["iou"]), "loss": float(row["loss"])}
-                for row in csv.DictReader(file)
-            }
+        scores: dict[tuple[str, int], dict[Measure, float]] = {
+            (row["task"], int(row["draw"])): {"iou": float(row["iou"]), "loss": float(row["loss"])}
+            for row in read_csv(per_task, ("task", "draw", "iou", "loss"))
+        }
         run = FinishedRun(folder, found, scores)
         odd = [name for name, kind in _KINDS.items() if not isinstance(found[name], kind)]
         odd += ["episodes"] if not isinstance(found.get("episodes"), dict | None) else []  # older files have none
         if odd:
             raise TypeError(f"{odd[0]} is {found[odd[0]]!r:.40}")
+        if not all(is_number(score["iou"]) for score in scores.values()):  # a loss may be infinite
+            raise ValueError("an IoU is no number")
+        if len(scores) > MOST_EPISODES:
+            raise ValueError(f"it is of {len(scores):,} episodes")
         _ = run.split
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ComparisonError(

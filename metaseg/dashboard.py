@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from metaseg.errors import ConfigError, UserError
+from metaseg.errors import ConfigError, UserError, printable
 from metaseg.page import Found, Html, adaptation, algorithms, find, learning, listing, searches, worst_tasks
 from metaseg.tracking import META_STEP
 
@@ -127,7 +127,8 @@ def write_page(folders: Sequence[Path], out: Path) -> Found:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     of = html.escape(", ".join(map(str, folders)))
-    out.write_text(_PAGE.format(title=f"{TITLE}: {of}", body=body), encoding="utf-8")
+    page = _PAGE.format(title=f"{TITLE}: {of}", body=body)
+    out.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of folders that are no UTF-8
     return found
 
 
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = write_page(args.folders, args.out)
             print(f"{args.out}: {len(found.runs) + len(found.curves)} runs")
             for folder, why in found.broken.items():
-                print(f"{folder}: {why}")
+                print(printable(f"{folder}: {why}"))
         for address in upload(args.project) if args.project else ():
             print(address)
     except (UserError, OSError) as error:

@@ -280,7 +280,7 @@ def across_tasks(evaluations: Mapping[Split, Evaluation]) -> dict[str, dict[str,
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write rows of the same columns as CSV, with a head."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -25,7 +25,9 @@ from metaseg.texts import is_plain
 from metaseg.trust import NETWORKS, check_trusted
 
 MOST_PIXELS = 2**12  # of an image's side, at most, in a file
-MOST_DRAWN = 2**32  # pixels of all mini-batches of an adaptation, which lie in memory together: 17 GB
+# pixels of all mini-batches of an adaptation, which lie in memory together: 4 GB, twice that while they are drawn, and
+# three times with early stopping, whose search has as many of its own; the paper draws 2·10⁸, in 500 steps at 224²
+MOST_DRAWN = 2**30
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
@@ -145,8 +147,9 @@ def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> No
 
     Raises:
         ConfigError: naming what differs.
-        WeightsError: if it is unreadable, or names files that no run has kept as its best: Lightning removes what a
-            checkpoint names there as soon as there is a better one, be it anywhere.
+        WeightsError: if it is unreadable; if it has an optimizer go on with what no run leaves; or if it names files
+            that no run has kept as its best: Lightning removes what a checkpoint names there as soon as there is a
+            better one, be it anywhere.
     """
     with _reading(path, "checkpoint"):
         checkpoint = read_torch(path)
@@ -157,6 +160,8 @@ def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> No
         for name in _files_of(checkpoint):
             if name and (get_protocol(name) != "file" or Path(name).name != BEST or ".." in Path(name).parts):
                 raise ValueError(f"it names {name!r} as a checkpoint of its run")
+        for part in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+            _check_state(part, checkpoint.get(part), path.stat().st_size)
     names = ("algo", "dataset", "splits_sha256", "seed", "model")
     theirs, ours = (
         {name: getattr(a, name) for name in names} | {"model": {**_UNSAID, **a.model}} for a in (saved, about)
@@ -169,6 +174,39 @@ def check_resumable(path: Path, about: About, training: Mapping[str, Any]) -> No
             f"ckpt_path={path} is of a run with {', '.join(differ)}: resume with the same, or give "
             "model.weights=PATH of its init.safetensors to begin a new run from its weights"
         )
+
+
+def _check_state(part: str, state: Any, room: int) -> None:
+    """Refuse a part of a checkpoint that would grow: an optimizer casts and copies each tensor and list that it finds.
+
+    Args:
+        part: its name; the tensors of `optimizer_states` are finite.
+        state: it.
+        room: bytes that its tensors may have together.
+
+    Raises:
+        ValueError: if it holds other tensors and values than a run leaves, or the same list twice, or in itself.
+    """
+    seen: set[int] = set()
+    rest = [state]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, dict | list | tuple):
+            if node and id(node) in seen:
+                raise ValueError(f"it has the same values twice in {part}")
+            seen.add(id(node))
+            rest += node.values() if isinstance(node, dict) else node
+        elif isinstance(node, Tensor):
+            plain = not node.is_nested and node.layout == torch.strided and not node.is_meta
+            if not plain or not (node.dtype == torch.float32 or node.numel() == 1):
+                raise ValueError(f"it has a tensor in {part} that is {node.dtype}, {node.layout}")
+            room -= node.nbytes
+            if room < 0:
+                raise ValueError(f"its tensors in {part} are larger than the file")
+            if part == "optimizer_states" and not bool(torch.isfinite(node).all()):
+                raise ValueError(f"it has numbers in {part} that are none (NaN) or infinite")
+        elif not is_plain(node):
+            raise ValueError(f"it has {node!r:.40} in {part}")
 
 
 def _files_of(checkpoint: Mapping[str, Any]) -> Iterator[str]:

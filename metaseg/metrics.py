@@ -9,6 +9,8 @@ from torch import Tensor
 
 EPS = 1e-7  # makes the IoU of two empty masks 1 (*orig*)
 
+MOST_RESAMPLED = 2**22  # values at once
+
 Floats = NDArray[np.float64]
 
 
@@ -52,9 +54,7 @@ def bootstrap_ci95(task_means: ArrayLike, resamples: int = 10_000) -> tuple[floa
         task_means: shape (tasks,); a task's draws and images are averaged first, for they are not independent.
         resamples: number of bootstrap samples.
     """
-    means = np.asarray(task_means, dtype=np.float64)
-    rng = np.random.default_rng(0)
-    samples = means[rng.integers(len(means), size=(resamples, len(means)))].mean(axis=1)
+    samples = _resampled(task_means, resamples, np.random.default_rng(0))
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
 
@@ -68,11 +68,17 @@ def bootstrap_difference_ci95(first: ArrayLike, second: ArrayLike, resamples: in
         resamples: number of bootstrap samples.
     """
     rng = np.random.default_rng(0)
-    means = []
-    for values in (np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)):
-        means.append(values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1))
+    means = [_resampled(values, resamples, rng) for values in (first, second)]
     low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
     return float(low), float(high)
+
+
+def _resampled(values: ArrayLike, resamples: int, rng: np.random.Generator) -> Floats:
+    """The mean of each resample, shape (resamples,); drawn some at a time, or they would fill the memory."""
+    values = np.asarray(values, dtype=np.float64)
+    at_once = max(1, MOST_RESAMPLED // len(values))
+    sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
 
 
 def for_json(value: float) -> float | None:

@@ -4,6 +4,7 @@ import base64
 import csv
 import glob
 import html
+import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -19,14 +20,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metaseg.compare import FinishedRun, compare, read_run
-from metaseg.errors import ComparisonError, DataError
+from metaseg.errors import ComparisonError, DataError, UserError
 from metaseg.panels import file_name
-from metaseg.summary import UNREADABLE, Job, Row, draw, grouped, natural, read_job
+from metaseg.summary import Job, Row, draw, grouped, last_line, natural, read_job
 from metaseg.sweep import read_outcome
-from metaseg.texts import no_math, read_json, read_yaml
+from metaseg.texts import is_number, no_math, read_csv, read_file, read_json, read_yaml
 
 WORST = 10  # tasks that are listed
 SHOWN = 4  # of these with pictures, at most
+MOST_PICTURE = 2**23  # bytes of one
 TOLD = ("trainer.max_steps",)
 UNTOLD = (  # overrides that change no number, of these and below them, but for `TOLD`; a storage's URL has a password
     *("logger", "workers", "worker", "skip_done", "checkpoint_every", "trainer", "hydra"),
@@ -87,8 +89,8 @@ def find(folders: Sequence[Path]) -> Found:
             else:
                 runs[path] = _read(path)
                 jobs.append(_job(runs[path]))
-        except (*UNREADABLE, csv.Error) as error:
-            broken[path] = str(error)
+        except Exception as error:  # of files of any kind
+            broken[path] = str(error) if isinstance(error, UserError) else repr(error)
     return Found([(row, [runs[job.folder] for job in of]) for row, of in _short(grouped(jobs))], curves, broken)
 
 
@@ -117,8 +119,9 @@ def searches(found: Found) -> Html:
     """Each search for ω, or over training: its numbers, the best values, and its picture."""
     parts: list[Html] = []
     for name, run in found.runs:
-        file = run.folder / f"{run.results.get('mode')}.json"
-        if file.name not in ("uho.json", "search.json") or not file.is_file():
+        mode = run.results.get("mode")
+        file = run.folder / f"{mode}.json"
+        if mode not in ("uho", "search") or not file.is_file():
             continue
         try:
             record = read_json(file)
@@ -128,7 +131,7 @@ def searches(found: Found) -> Html:
             head = ["", "trials", "val IoU %, as given", "val IoU %, best", "test IoU %, best", "best values"]
             words = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
             parts.append(table(head, [[name, record["trials"], *(f"{100 * iou:.1f}" for iou in ious), words]]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # likewise
             parts.append(Html(f"<p>{html.escape(f'{file} is not what a search writes: {error!r}')}</p>"))
         parts.append(_file(file.with_suffix(".png"), f"search of {name}"))
     return Html("".join(parts))
@@ -138,7 +141,7 @@ def learning(found: Found) -> Html:
     """IoU on validation tasks and training loss by meta-step, a line a run; and the many-shot curves."""
     figure, axes = _axes("IoU on validation tasks", "loss of the last inner steps", "meta-step")
     for (name, run), colour in _coloured(found):
-        rows = [row for path in sorted(run.folder.glob("csv*/metrics.csv"), key=natural) for row in _csv(path)]
+        rows = [row for path in sorted(run.folder.glob("csv*/metrics.csv"), key=natural) for row in _metrics(path)]
         for ax, metric in zip(axes, ("val/iou", "train/loss"), strict=True):
             points = _points(rows, metric)
             if run.results.get("mode") in ("fit", "fit_test") and points:
@@ -213,11 +216,14 @@ def _read(folder: Path) -> FinishedRun:
     run = read_run(folder)
     try:
         part = run.results[run.split]
-        _ = float(part["iou"]["mean"]), *map(float, part["iou"]["ci95"]), part["tasks"]
-        _ = (run.results.get("episodes") or {}).get("seed"), run.results["splits_sha256"][:12]
+        _ = part["tasks"], (run.results.get("episodes") or {}).get("seed")
+        low, high = part["iou"]["ci95"]
         course = part.get("course") or ()
-        _ = [float(at[key]) for at in course for key in ("step", "iou", "loss") if (key, at[key]) != ("loss", None)]
-    except (KeyError, TypeError, AttributeError) as error:
+        losses = [at["loss"] for at in course if at["loss"] is not None]
+        numbers = [part["iou"]["mean"], low, high, *losses, *(at[key] for at in course for key in ("step", "iou"))]
+        if not all(map(is_number, numbers)):
+            raise ValueError("an IoU, or its course, is no number")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error
     _listed(run.results, "")
     return run
@@ -232,8 +238,7 @@ def _worked(folder: Path) -> bool:
 def _why(folder: Path) -> str:
     """Why there is no result."""
     outcome = read_outcome(folder)
-    told = outcome and outcome["error"]
-    return str(told).strip().splitlines()[-1] if told else "killed, or still running"
+    return last_line(outcome["error"] if outcome else None)
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -315,9 +320,9 @@ def _panel(found: Found, data: str, task: str) -> Html | None:
     for name, run in found.runs:
         if run.results["dataset"] == data:
             for path in sorted(run.folder.glob(f"panels/*-{glob.escape(file_name(task))}.png")):
-                if path.stem.partition("-")[2] == file_name(task):
-                    caption = html.escape(f"{task}, {name}")
-                    return Html(f"<figure><p>{caption}</p>{picture(path.read_bytes(), task)}</figure>")
+                shown = _file(path, task)
+                if shown and path.stem.partition("-")[2] == file_name(task):
+                    return Html(f"<figure><p>{html.escape(f'{task}, {name}')}</p>{shown}</figure>")
     return None
 
 
@@ -349,29 +354,33 @@ def _drawn(figure: Figure, alt: str) -> Html:
 
 
 def _file(path: Path, alt: str) -> Html:
-    return picture(path.read_bytes(), alt) if path.is_file() else Html("")
+    with suppress(OSError, ValueError):
+        return picture(read_file(path, MOST_PICTURE), alt)
+    return Html("")
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
+def _metrics(path: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
-        rows.extend(csv.DictReader(file))  # up to what is no CSV
+    with suppress(OSError, ValueError, csv.Error):  # up to what is no CSV
+        rows.extend(read_csv(path, ("step", "val/iou", "val/iou_low", "train/loss"), errors="replace"))
     return rows
 
 
 def _points(rows: Iterable[dict[str, str]], metric: str) -> dict[int, float]:
-    """A metric by meta-step; a line that a killed run has torn is left out."""
+    """A metric by meta-step, nan where it is not finite; a line that a killed run has torn is left out."""
     points = {}
     for row in rows:
         # after training the tested θ is validated once more, with an interval: no point of the curve
         if row.get(metric) and not row.get("val/iou_low"):
-            with suppress(ValueError, TypeError, KeyError):
-                points[int(row["step"])] = float(row[metric])
+            with suppress(ValueError, KeyError):
+                step, value = int(row["step"]), float(row[metric])
+                if is_number(step):
+                    points[step] = value if is_number(value) else math.nan
     return points
 
 
 def _link(folder: Path, beside: Path) -> Html:
-    href = quote(Path(os.path.relpath(folder.resolve(), beside.resolve())).as_posix())
+    href = quote(os.fsencode(Path(os.path.relpath(folder.resolve(), beside.resolve())).as_posix()))
     return Html(f'<a href="{html.escape(href)}">{html.escape(str(folder))}</a>')
 
 
@@ -386,7 +395,7 @@ def _listed(results: dict[str, Any], iou: str) -> list[str]:
         dirty = "-dirty" if commit.endswith("-dirty") else ""
         minutes = f"{results['wall_s'] / 60:.1f}" if "wall_s" in results else ""
         algo = results.get("algo") or ", ".join(results.get("inits", {}))
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ComparisonError(f"its results.json is not what a run writes ({error!r}): run it again") from error
     first, *others = (results.get(key, "") for key in ("mode", "seed", "meta_steps", "dataset"))
     of = (str(results.get("config_sha256", ""))[:12], commit.removesuffix("-dirty")[:12] + dirty, minutes)

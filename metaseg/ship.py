@@ -18,7 +18,7 @@ from metaseg.cache import cache_folder
 from metaseg.card import write_card
 from metaseg.errors import ConfigError, DataError, UserError, WeightsError
 from metaseg.initialisation import read_about
-from metaseg.texts import read_json
+from metaseg.texts import is_number, read_json
 from metaseg.trust import check_trusted
 
 NAME = "init.safetensors"
@@ -77,7 +77,9 @@ def ship(runs: Sequence[Path]) -> Path:
 def _results(run: Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = read_json(run / "results.json")
-        _ = results["meta_steps"], results["val"] and (_validated_on(results), results["val"]["iou"]["mean"])
+        if results["meta_steps"] and results["val"] and not is_number(results["val"]["iou"]["mean"]):
+            raise TypeError("its IoU is no number")
+        _ = results["val"] and _validated_on(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run} holds no finished run: give folders with results.json and {NAME}") from error
     return results

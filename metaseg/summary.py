@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from metaseg.errors import DataError, UserError, printable
 from metaseg.sweep import read_outcome
-from metaseg.texts import no_math, read_yaml, say
+from metaseg.texts import MOST_LETTERS, no_math, read_yaml, say
 
 SEED = "seed"
 WORKER = "worker"
@@ -156,7 +156,7 @@ def summarise(folder: Path) -> list[Row]:
         print_table(table, len(jobs), console)
     for name, workers in studies(jobs):
         where = ", ".join(map(str, tested(workers))) or "not yet; the same command goes on with it, and tests it"
-        console.print(f"study of {len(workers)} workers, {name}; tested: {where}", markup=False, soft_wrap=True)
+        say(f"study of {len(workers)} workers, {name}; tested: {where}")
     print_unfinished(jobs, folder, console)
     if table:
         say(f"summary.csv, summary.tex, summary.png: {folder}")
@@ -192,7 +192,7 @@ def latex(table: Sequence[Row]) -> str:
 
 def draw(table: Sequence[Row], path: Path | BytesIO) -> None:
     """Each row's mean with its interval, and its seeds as dots."""
-    names = [no_math(textwrap.fill(row.name, 44)) for row in table]
+    names = [no_math(textwrap.fill(row.name[:MOST_LETTERS], 44)) for row in table]
     lines = sum(max(name.count("\n"), 1) for name in names)
     figure = Figure(figsize=(7, 0.45 * lines + 1.1), layout="constrained")
     ax = figure.subplots()
@@ -220,14 +220,19 @@ def print_unfinished(jobs: Sequence[Job], folder: Path, console: Console) -> Non
     """Print what has not finished, and what may be of another sweep in the same folder."""
     for job in jobs:
         if job.headline is None:
-            why = printable((job.error or "killed, or still running").strip()).splitlines()[-1]
-            console.print(f"{job.folder.name}: {why}", markup=False, soft_wrap=True)
+            told = printable(f"{job.folder.name}: {last_line(job.error)}")
+            console.print(told, markup=False, soft_wrap=True)
     begun = folder / "multirun.yaml"  # Hydra writes it before any job
     times = {job.folder.name: _overrides(job.folder).stat().st_mtime for job in jobs if begun.is_file()}
     older = [name for name, time in times.items() if time < begun.stat().st_mtime]
     if older:
         told = f"{', '.join(older)}: older than {begun}. If they are of an earlier sweep, remove them"
-        console.print(told, markup=False, soft_wrap=True)
+        console.print(printable(told), markup=False, soft_wrap=True)
+
+
+def last_line(error: str | None) -> str:
+    """Of what a run says of its end."""
+    return next(reversed((error or "").strip().splitlines()), "killed, or still running")
 
 
 def read_job(folder: Path) -> Job:

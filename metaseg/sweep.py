@@ -25,7 +25,7 @@ from metaseg.atomic import written_whole
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, ConfigError, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
-from metaseg.texts import read_json, say
+from metaseg.texts import is_number, read_json, say
 
 OUTCOME = "outcome.json"
 
@@ -41,7 +41,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         _ = found["state"], found["config_sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    sound = isinstance(headline, float | int | None) and isinstance(error, str | None)
+    sound = (headline is None or is_number(headline)) and isinstance(error, str | None)
     return found if sound else None
 
 

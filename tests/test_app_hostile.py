@@ -29,6 +29,7 @@ from test_pictures import png_of_size
 from test_practice import labelled
 
 import metaseg
+from metaseg.app import __main__ as app_command
 from metaseg.app import session as session_module
 from metaseg.app.session import VIEW, Session
 
@@ -534,8 +535,8 @@ class Asked(NamedTuple):
     read: bool  # all that was sent: a browser reads no answer before
 
 
-def ask(guarded: Guard, path: str, length: int, *chunks: bytes, method: str = "POST") -> Asked:
-    """What a guard answers to a request that says it is so long."""
+def ask(guarded: Guard, path: str, length: int, *chunks: bytes, method: str = "POST", **more: str) -> Asked:
+    """What a guard answers to a request that says it is so long, and has these headers."""
     sent: list[dict[str, Any]] = []
     coming = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     coming.append({"type": "http.request", "body": b""})
@@ -547,6 +548,7 @@ def ask(guarded: Guard, path: str, length: int, *chunks: bytes, method: str = "P
         sent.append(message)
 
     headers = [(b"host", b"localhost"), (b"content-length", str(length).encode())]
+    headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
     asyncio.run(guarded(scope, receive, send))
     said = b"".join(message.get("body", b"") for message in sent).decode()
@@ -559,8 +561,10 @@ class Taker:
 
     def __init__(self) -> None:
         self.taken = b""
+        self.headers: list[bytes] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.headers = [name for name, _ in scope["headers"]]
         more = True
         while more:
             message = await receive()
@@ -580,6 +584,47 @@ def test_too_much_at_once_is_refused_before_anything_is_kept(guarded: Guard) -> 
     said = "this is more than 2,048 MB at once: add the images in several goes\n"
     assert ask(guarded, guard.UPLOAD, MAX_UPLOAD + 1, b"no", b"no") == (413, said, b"abcd", True)
     assert ask(guarded, guard.EVENT, MAX_EVENT + 1, b"[", b"]").status == 413
+
+
+def test_what_says_its_length_in_two_ways_is_refused(guarded: Guard) -> None:
+    """It may go by the other."""
+    for path in guard.MOST:
+        refused = ask(guarded, path, 2, b"[", b"]", transfer_encoding="chunked")
+        assert (refused.status, refused.through) == (411, b"")
+
+
+def test_the_page_is_asked_for_whole_files(guarded: Guard) -> None:
+    """Some versions of Gradio never come to an end of a part that is none."""
+    path = FILE + str(guarded.uploads / "a.png")
+    assert ask(guarded, path, 0, method="GET", range="bytes=5-2", accept="*/*").status == 200
+    assert isinstance(guarded.app, Taker)
+    assert guarded.app.headers == [b"host", b"content-length", b"accept"]
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "local"),
+    [("::1", "[::1]", True), ("[::1]", "[::1]", True), ("::", "[::]", False), ("127.0.0.1", "127.0.0.1", True)],
+)
+def test_an_address_of_the_new_kind_is_this_computer_s_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str, address: str, local: bool
+) -> None:
+    """It is guarded and printed as such, with brackets, as browsers and Gradio want it."""
+    given: dict[str, Any] = {}
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    blocks = SimpleNamespace(launch=given.update, close=lambda verbose: None)
+    monkeypatch.setattr("metaseg.app.page.build", lambda init, folder: blocks)
+    monkeypatch.setattr("metaseg.app.page.ended.set", lambda: None)
+    monkeypatch.setattr(app_command, "interruptible", lambda: None)
+    monkeypatch.setattr(app_command, "_settle", lambda uploads: None)
+    monkeypatch.setattr(app_command, "time", SimpleNamespace(sleep=interrupted))
+    nobody: Any = None
+    app_command.serve(nobody, host, 7860)
+    (middleware,) = given["app_kwargs"]["middleware"]
+    assert (given["server_name"], middleware.kwargs["local"]) == (address, local)
+    assert f"http://{address}:7860 is the page" in capsys.readouterr().out
 
 
 def test_the_disk_is_never_filled(guarded: Guard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,3 +162,10 @@ def test_results_of_the_initialisation_are_not_the_adapted_networks(init: Path) 
 def test_a_broken_results_file_is_none(init: Path) -> None:
     (init.parent / "results.json").write_text("{")
     assert read_results(init) is None
+
+
+@pytest.mark.parametrize("mean", [10**400, "0.5", None, [0.5]], ids=["huge", "text", "null", "list"])
+def test_results_with_a_number_that_is_none_are_not_its_numbers(init: Path, mean: Any) -> None:
+    odd = {**RESULTS["test"], "iou": {**RESULTS["test"]["iou"], "mean": mean}}
+    (init.parent / "results.json").write_text(json.dumps({**RESULTS, "test": odd}))
+    assert "None: no results.json of it lies beside it." in write_card(init).read_text()

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import tarfile
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -28,6 +29,8 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from safetensors.torch import save_file
@@ -43,14 +46,15 @@ from metaseg.adapt import __main__ as adapt_command
 from metaseg.adapt.output import Output
 from metaseg.app import __main__ as app_command
 from metaseg.card import write_card
-from metaseg.checkpoints import CheckpointFiles
+from metaseg.checkpoints import BestCheckpoint, CheckpointFiles
 from metaseg.compare import compare, print_table, read_run, write_plot
 from metaseg.config import config_dir, expand_update, make_update
-from metaseg.dashboard import write_page
+from metaseg.dashboard import SECTIONS, write_page
+from metaseg.dashboard import main as dashboard_command
 from metaseg.data import pascal
 from metaseg.data.folder import read_splits
 from metaseg.data.shards import ShardSource
-from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError
+from metaseg.errors import ComparisonError, ConfigError, DataError, UserError, WeightsError, printable
 from metaseg.initialisation import check_resumable, read_about, read_network, save_initialisation
 from metaseg.job import build, fingerprint
 from metaseg.models import EfficientLab
@@ -60,8 +64,9 @@ from metaseg.run import main as run_command
 from metaseg.run import run
 from metaseg.search import search
 from metaseg.study import open_storage, open_study
-from metaseg.summary import read_job, summarise
+from metaseg.summary import Row, draw, read_job, summarise
 from metaseg.sweep import read_outcome
+from metaseg.texts import read_csv
 from metaseg.trust import OPTIMIZERS, PARTS
 
 
@@ -291,6 +296,14 @@ def test_what_names_code_is_not_shipped(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("mean", [10**400, "0.5", float("nan")], ids=["huge", "text", "none"])
+def test_what_has_no_iou_is_not_shipped(tmp_path: Path, mean: Any) -> None:
+    results = {"meta_steps": 3, "dataset": "", "splits_sha256": "", "episodes": {}, "shots": 5}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "val": {"iou": {"mean": mean}, "tasks": 2}}))
+    with pytest.raises(DataError, match="holds no finished run"):
+        ship.ship([tmp_path])
+
+
 # What a file can have made: the list, and nothing else
 
 
@@ -445,6 +458,18 @@ def test_what_a_file_says_of_itself_is_of_its_kind(tmp_path: Path, how: str) -> 
             read_about(path)
 
 
+@pytest.mark.parametrize("side", [64, None, 128])
+def test_an_update_draws_no_more_images_than_memory_has(tmp_path: Path, side: int | None) -> None:
+    """A billion pixels at most: eight images a step, of 64 where their size is not known."""
+    most = 2**30 // (8 * (side or 64) ** 2)
+    for steps in (most, most + 1):
+        about = replace(ABOUT, image_size=side, update={**UPDATE, "steps": steps, "batch_size": 8})
+        save_initialisation(TINY, about, tmp_path / f"{steps}.safetensors")
+    assert read_about(tmp_path / f"{most}.safetensors").update["steps"] == most
+    with pytest.raises(WeightsError, match=rf"asks for {8 * (most + 1)} images of {side or 64}², more than memory has"):
+        read_about(tmp_path / f"{most + 1}.safetensors")
+
+
 @pytest.mark.parametrize(
     "value",
     [(harmful(Path("trace")),), {1: 2}, {("_target_",): 1}, {b"_target_": 1}, {1}, b"bytes", torch.zeros(2), 1j],
@@ -535,6 +560,16 @@ def test_a_torch_file_does_not_become_larger_than_it_is(tmp_path: Path) -> None:
     assert bomb.stat().st_size < 50_000
     with pytest.raises(WeightsError, match="its records are compressed, which torch does not do"):
         read_weights(bomb)
+
+
+def test_a_torch_file_that_is_compressed_is_refused_even_if_it_is_no_larger(tmp_path: Path) -> None:
+    """Mapped into memory as it is, what is compressed would pass for the numbers."""
+    torch.save({"a": torch.randint(256, (10**5,), dtype=torch.uint8)}, tmp_path / "noise.pt")
+    path = rewritten(tmp_path / "noise.pt", bytes, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        assert sum(record.file_size for record in archive.infolist()) < path.stat().st_size
+    with pytest.raises(WeightsError, match="its records are compressed, which torch does not do"):
+        read_weights(path)
 
 
 def test_a_torch_file_that_claims_terabytes(tmp_path: Path) -> None:
@@ -662,6 +697,114 @@ def test_what_is_not_finite_is_not_resumed(tmp_path: Path, data: list[str], stop
     torch.save(checkpoint, tmp_path / "evil.ckpt")
     message = refused(job(*RESUMABLE, "ckpt_path={}"), tmp_path / "evil.ckpt", data)
     assert "holds numbers in head.bias that are none (NaN) or infinite" in message
+
+
+def with_momentum(buffer: Any) -> Callable[[dict[str, Any]], None]:
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["state"] = {0: {"momentum_buffer": buffer}}
+        checkpoint["optimizer_states"][0]["param_groups"][0]["momentum"] = 0.9
+
+    return spoil
+
+
+def with_value(value: Any, *place: Any) -> Callable[[dict[str, Any]], None]:
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        *way, last = place
+        for key in way:
+            checkpoint = checkpoint[key]
+        checkpoint[last] = value
+
+    return spoil
+
+
+def around(value: Any) -> list[Any]:
+    """Itself, and what is in it, often."""
+    node = [value]
+    for _ in range(50):
+        node = [node, node]
+    return node
+
+
+GROUP = ("optimizer_states", 0, "param_groups", 0)
+STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {  # found before a network is made
+    "of a stride of nothing": (with_momentum(torch.zeros(1).expand(15 * 10**8)), "its tensors in .* larger than the"),
+    "that is cast": (with_momentum(torch.zeros(9, dtype=torch.float64)), "a tensor in optimizer_states .*float64"),
+    "sparse": (with_momentum(torch.zeros(9).to_sparse()), "a tensor in optimizer_states .*sparse"),
+    "without numbers": (with_momentum(torch.zeros(9, device="meta")), "a tensor in optimizer_states"),
+    "not finite": (with_momentum(torch.tensor([0.0, torch.nan])), "numbers in optimizer_states that are none"),
+    "without end": (with_momentum(around(1.0)), "the same values twice in optimizer_states"),
+    "a rate that is none": (with_value(float("nan"), *GROUP, "lr"), "it has nan in optimizer_states"),
+    "a course without end": (with_value(float("inf"), "lr_schedulers", 0, "base_lrs", 0), "it has inf in lr_sch"),
+    "a set": (with_value({1}, "loops", "fit_loop"), "it has .1. in loops"),
+    "a best of terabytes": (
+        with_value({"best_k_models": {"": torch.zeros(1).expand(2**40)}}, "callbacks", "B"),
+        "larger",
+    ),
+}
+RESTORED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {  # found before the first step
+    "of another shape": (with_momentum(torch.zeros(3)), "cannot be resumed: its optimizer, .*size of tensor"),
+    "a rate as text": (with_value("x", *GROUP, "lr"), "cannot be resumed"),
+    "no optimizer": (with_value([], "optimizer_states"), "cannot be resumed: .*not enough values"),
+    "no group": (with_value([], "optimizer_states", 0, "param_groups"), "cannot be resumed"),
+    "another schedule": (with_value({"base_lrs": "x", "step": 3}, "lr_schedulers", 0), "cannot be resumed"),
+    "a schedule of another step": (with_value(3, "lr_schedulers", 0, "step"), "cannot be resumed: .*callable"),
+    "other loops": (with_value({}, "loops", "fit_loop", "epoch_progress"), "epoch_progress of its loops"),
+    "no loops": (with_value({}, "loops"), "cannot be resumed: .*fit_loop"),
+    "a count as text": (with_value("x", "dropped_episodes"), "cannot be resumed"),
+}
+
+
+@pytest.mark.parametrize("how", STATES)
+def test_the_state_to_resume_from_is_no_larger_than_its_file(tmp_path: Path, stopped: Path, how: str) -> None:
+    spoil, message = STATES[how]
+    checkpoint = torch.load(stopped, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match=rf"that metaseg wrote: .*{message}.*; give the init.safetensors of a run"):
+        check_resumable(tmp_path / "evil.ckpt", ABOUT, {})
+
+
+def test_a_sound_state_is_that_of_another_run(stopped: Path) -> None:
+    """So that the test above is one of what it changes."""
+    with pytest.raises(ConfigError, match="is of a run with"):
+        check_resumable(stopped, ABOUT, {})
+
+
+@pytest.mark.parametrize("how", RESTORED)
+def test_a_state_that_training_cannot_go_on_from_is_refused(
+    tmp_path: Path, data: list[str], stopped: Path, how: str
+) -> None:
+    """With the cure, and not as the error that it makes in Lightning."""
+    spoil, message = RESTORED[how]
+    checkpoint = torch.load(stopped, weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightsError, match=rf"(?s){message}.*Give an earlier checkpoint, or model.weights=PATH"):
+        run(composed(*data, *RESUMABLE, f"ckpt_path={tmp_path}/evil.ckpt"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"best_model_score": "0.5"},
+        {"best_k_models": [1]},
+        {"best_k_models": {"best.ckpt": 0.5}},
+        {"best_k_models": {"best.ckpt": torch.zeros(1)}},
+        {"best_k_models": {"best.ckpt": torch.zeros(2)}, "kth_best_model_path": "best.ckpt"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_the_best_so_far_is_one_that_can_be_compared_with(
+    tmp_path: Path, noted: dict[str, Any], spoilt: dict[str, Any]
+) -> None:
+    best = BestCheckpoint(tmp_path)
+    best.load_state_dict(noted)
+    sound = {"best_k_models": {"best.ckpt": torch.tensor(0.5)}, "kth_best_model_path": "best.ckpt"}
+    best.load_state_dict(noted | sound)
+    assert best.best_k_models == sound["best_k_models"]
+    with pytest.raises(WeightsError, match="does not say of its best what a run does: give an earlier one"):
+        best.load_state_dict(noted | spoilt)
 
 
 def test_a_study_chooses_no_code(tmp_path: Path, trace: Path, data: list[str], stopped: Path) -> None:
@@ -857,9 +1000,156 @@ def test_a_run_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: Path, tr
     assert not trace.exists()
 
 
+def scored(mean: Any = 0.5, ci95: Any = (0.4, 0.6), **more: Any) -> dict[str, Any]:
+    """The test's numbers in a results.json."""
+    return {"test": {"tasks": 2, "iou": {"mean": mean, "ci95": ci95}, **more}}
+
+
+def at(step: Any = 1, iou: Any = 0.5, loss: Any = 0.5) -> dict[str, Any]:
+    return scored(course=[{"step": step, "iou": iou, "loss": loss}])
+
+
+ODD_RESULTS: dict[str, dict[str, Any]] = {
+    "an IoU of 400 digits": scored(10**400),
+    "an IoU as text": scored("0.5"),
+    "an IoU that is none": scored(float("nan")),
+    "an IoU out of sight": scored(1e308),
+    "half an interval": scored(ci95=[0.4]),
+    "an interval as text": scored(ci95=["0.4", "0.6"]),
+    "a truth for an IoU": scored(True),
+    "a step of 400 digits": at(step=10**400),
+    "a step as text": at(step="1"),
+    "a loss out of sight": at(loss=-1e308),
+    "an IoU on the way of 400 digits": at(iou=10**400),
+    "seconds of 400 digits": {"wall_s": 10**400},
+    "seconds as text": {"wall_s": "1"},
+}
+ODD_FILES: dict[str, dict[str, str | None]] = {  # content by name; None is a pipe, nothing a folder
+    "a pipe for metrics": {"csv/metrics.csv": None},
+    "a folder for metrics": {"csv/metrics.csv": ""},
+    "a meta-step of 400 digits": {"csv/metrics.csv": f"step,val/iou\n1{400 * '0'},0.5\n"},
+    "metrics out of sight": {"csv/metrics.csv": "step,val/iou\n1,1e308\n2,-1e308\n3,inf\n4,0.5\n"},
+    "a pipe for a picture": {"panels/00-t1.png": None},
+    "a folder for a picture": {"panels/00-t1.png": ""},
+    "a pipe for a search": {"uho.json": None, "uho.png": None},
+    "a folder for a search": {"uho.json": "", "uho.png": ""},
+    "a search of 400 digits": {"uho.json": f'{{"trials": 1, "history": [], "default_val_iou": 1{400 * "0"}}}'},
+    "a search of no trials": {"uho.json": '{"history": {}}'},
+    "an outcome of no lines": {"outcome.json": '{"state": 1, "headline": null, "config_sha256": "", "error": " "}'},
+    "a headline of 400 digits": {
+        "outcome.json": f'{{"state": 1, "headline": 1{400 * "0"}, "config_sha256": "", "error": ""}}'
+    },
+}
+
+
+def leave(folder: Path, files: dict[str, str | None]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            os.mkfifo(folder / name)
+        elif content:
+            (folder / name).write_text(content)
+        else:
+            (folder / name).mkdir()
+
+
+def test_one_broken_run_does_not_end_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor one that never ends, nor those whose names have no encoding or are as long as a file may be."""
+    top, sound = tmp_path / "runs", {"t1": 0.5, "t2": 0.25}
+    write_run(top / "sound", sound, mode="fit_test", **at())
+    for how, more in ODD_RESULTS.items():
+        write_run(top / how, sound, **{**scored(), **more})
+    for how, files in ODD_FILES.items():
+        write_run(top / how, sound, mode="uho" if "search" in how else "fit_test", **scored())
+        leave(top / how, files)
+    leave(top / "an end of no lines", {".hydra/overrides.yaml": "[]", **ODD_FILES["an outcome of no lines"]})
+    write_run(top / "nobody's folder", sound, **scored())
+    leave(top / "nobody's folder", {".hydra/overrides.yaml": "['ckpt_path=~no-such-user/x']"})
+    write_run(top / "a name that none can write", sound, mode="fit_test", algo="\ud800", **at())
+    leave(top / "a name that none can write", {"csv/metrics.csv": "step,val/iou\n1,0.5\n"})
+    write_run(top / "a name that none can read", sound, mode="fit_test", algo="$a" * 10**6, **at())
+    leave(top / "a name that none can read", {"csv/metrics.csv": "step,val/iou\n1,0.5\n"})
+    write_run(top / os.fsdecode(b"\xff\xfe"), sound, **scored())
+    write_run(top / os.fsdecode(b"\xff"), sound, **scored("0.5"))
+    dashboard_command([str(top), "--out", str(tmp_path / "report.html")])
+
+    found = find([top])
+    broken = {*ODD_RESULTS, "an end of no lines", "nobody's folder", os.fsdecode(b"\xff")}
+    assert {path.name for path in found.broken} == broken
+    assert len(found.runs) + len(broken) == len([*top.iterdir()])
+    assert found.broken[top / "an end of no lines"] == "killed, or still running"
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert Page(text).odd == []
+    assert text.count("<h2>") == len(SECTIONS) + 1
+    assert 'href="runs/%FF%FE"' in text
+    assert r"\udcff: " in capsys.readouterr().out  # as the terminal is told
+
+
+def test_a_run_s_files_are_read_up_to_a_size(tmp_path: Path) -> None:
+    """These have holes, and take no room on the disk."""
+    run = write_run(tmp_path / "run", {"t1": 0.5}, mode="uho", **scored())
+    names = ("uho.json", "uho.png", "csv/metrics.csv", "panels/00-t1.png")
+    leave(run, dict.fromkeys(names, "\x89PNG"))
+    for name in names:
+        os.truncate(run / name, 2**36)
+    write_page([run], tmp_path / "report.html")
+    assert "uho.json has more than 16,777,216 bytes" in (tmp_path / "report.html").read_text()
+    for name in ("per_task.csv", "results.json"):
+        os.truncate(run / name, 2**36)
+        with pytest.raises(ComparisonError, match=rf"{name} has more than [\d,]+ bytes"):
+            read_run(run)
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "overrides.yaml").touch()
+    os.truncate(run / ".hydra" / "overrides.yaml", 2**36)
+    with pytest.raises(DataError, match=r"overrides.yaml has more than 131,072 bytes"):
+        read_job(run)
+
+
+def test_a_long_head_over_many_lines_stays_small(tmp_path: Path) -> None:
+    """Ten million cells, if each line had them all."""
+    (tmp_path / "metrics.csv").write_text("x," * 10_000 + "step\n" + "1\n" * 1_000)
+    tracemalloc.start()
+    assert list(read_csv(tmp_path / "metrics.csv", ("step", "loss"))) == [{}] * 1_000
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
+def test_a_name_of_megabytes_is_drawn_at_once() -> None:
+    """Breaking it into lines would take minutes, and one line of it more than Matplotlib draws."""
+    started = time.perf_counter()
+    draw([Row({"algo": "a" * 4_000_000}, {"0": [0.5]}, [])], io.BytesIO())
+    assert time.perf_counter() - started < 10
+
+
+def test_a_run_of_too_many_episodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", {"ant": 0.5, "bee": 0.5, "cat": 0.5})
+    monkeypatch.setattr("metaseg.compare.MOST_EPISODES", 3)
+    assert len(read_run(run).scores) == 3
+    monkeypatch.setattr("metaseg.compare.MOST_EPISODES", 2)
+    with pytest.raises(ComparisonError, match="it is of 3 episodes"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("iou", ["nan", "inf", "1e308"])
+def test_a_task_s_iou_is_a_number(tmp_path: Path, iou: str) -> None:
+    """A loss may be infinite, of an adaptation that diverged."""
+    run = write_run(tmp_path / "run", {"ant": 0.5}, loss=float("inf"))
+    assert read_run(run).task_means("loss") == {"ant": float("inf")}
+    (run / "per_task.csv").write_text(f"task,draw,iou,loss\nant,0,{iou},0.5\n")
+    with pytest.raises(ComparisonError, match="an IoU is no number"):
+        read_run(run)
+
+
+def test_a_page_reads_searches_of_the_run_s_own_folder(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "run", {"ant": 0.5}, mode="../../uho", **scored())
+    (tmp_path / "uho.json").write_text("{}")
+    write_page([tmp_path / "runs"], tmp_path / "report.html")
+    assert "is not what a search writes" not in (tmp_path / "report.html").read_text()
+
+
 def test_an_outcome_of_other_kinds_is_none(tmp_path: Path) -> None:
     sound = {"state": "finished", "headline": 0.5, "config_sha256": "", "error": None}
-    for spoilt in ({"headline": "0.5"}, {"headline": [1]}, {"error": 3}, {"error": ["a"]}):
+    for spoilt in ({"headline": "0.5"}, {"headline": [1]}, {"headline": 10**400}, {"error": 3}, {"error": ["a"]}):
         (tmp_path / "outcome.json").write_text(json.dumps(sound))
         assert read_outcome(tmp_path) == sound
         (tmp_path / "outcome.json").write_text(json.dumps(sound | spoilt))
@@ -880,14 +1170,40 @@ def test_no_message_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixt
     print_table(compare([a], [a]))
     (a / ".hydra").mkdir()
     (a / ".hydra" / "overrides.yaml").write_text(json.dumps([f"algo='{title}'"]))
+    leave(tmp_path / title, {".hydra/overrides.yaml": "[]"})
+    outcome = {"state": "failed", "headline": None, "config_sha256": "", "error": f"once\n\n{title}\n"}
+    (tmp_path / title / "outcome.json").write_text(json.dumps(outcome))
     summarise(tmp_path)
-    assert "\x1b" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert f"{shown}: {shown}\n" in said
 
 
-def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
-    """A hub shows it as a page: no tag or link begins in it, and no code ends early."""
-    evil = "<script>alert(1)</script> [x](javascript:alert(1)) `` ``` | x"
-    model = {**MODEL, "backbone": evil, "weights": evil, "drop_path": evil}
+def tokens(markdown: str) -> list[Token]:
+    """What a page that knows tables and HTML makes of a text."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(markdown)
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+CARDS = {
+    "tags": f"<script>alert(1)</script> {MARKUP} &lt;b&gt;",
+    "links": "[x](javascript:alert(1)) ![x](https://x) <https://x>",
+    "behind a backslash": "\\<img src=x onerror=alert(1)> \\[x](https://x) \\| \\`<b>",
+    "code and cells": "`` ``` | x `<b>`",
+    "emphasis": "__x__ *x* _x_",
+    "no encoding has it": "\ud800",
+}
+
+
+@pytest.mark.parametrize("lines", ["", "\n\n<script>alert(1)</script>\n\n", "\n---\n", "\r\x1b\u2028"], ids=ascii)
+@pytest.mark.parametrize("how", CARDS)
+def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path, how: str, lines: str) -> None:
+    """A hub shows it as a page: no tag, link or emphasis begins in it, and no code, cell or block ends early.
+
+    An initialisation's texts have one line; nobody has looked at those of the results beside it.
+    """
+    evil = CARDS[how]
+    model = {**MODEL, "backbone": evil, "weights": "imagenet", "drop_path": evil}
     update = {**UPDATE, "adapts": f"{'a ' * 60}```\u2028```{evil}"}
     about = replace(ABOUT, algo=evil, dataset=evil, splits_sha256=evil, model=model, update=update)
     save_initialisation(TINY, about, tmp_path / "init.safetensors")
@@ -900,16 +1216,22 @@ def test_a_card_holds_no_markup_of_a_file_s(tmp_path: Path) -> None:
     }
     drawn = {"queries": 5, "draws": 1, "image_size": 64}
     known = {key: getattr(about, key) for key in ("algo", "seed", "meta_steps", "update")}
-    texts = dict.fromkeys(("dataset", "batchnorm", "git_commit"), evil)
+    texts = {key: f"{key} {evil}{lines}{evil}" for key in ("dataset", "batchnorm", "git_commit")}
     results = {**known, **texts, "shots": 5, "episodes": drawn, "train": None, "val": None, "test": part}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    text = write_card(tmp_path / "init.safetensors").read_text()
+    text = write_card(tmp_path / "init.safetensors").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
-    assert OmegaConf.create(front).tags[2] == evil
-    assert "| test | 2 | 50.0 |" in body
-    prose = re.sub(r"^```yaml\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)  # code
-    assert re.findall(r"(?<!\\)[<>`]|(?<!\\)\[[^\]]*\]\(", prose) == []
+    assert re.fullmatch(r"[\w .-]+", OmegaConf.create(front).tags[2])
+    found = tokens(body)
+    marks = {"heading_open", "paragraph_open", "bullet_list_open", "list_item_open", "fence", "code_inline", "text"}
+    marks |= {f"{part}_open" for part in ("table", "thead", "tbody", "tr", "th", "td")}
+    assert {token.type for token in found if token.nesting >= 0 and token.type != "inline"} == marks
+    told = "".join(token.content for token in found if token.type == "text")
+    assert told.count(printable(evil)) == 9
+    assert told.count(printable(texts["dataset"])) == 1
+    code = [token.content for token in found if token.type == "code_inline"]
+    assert printable(texts["git_commit"]).replace("`", "'") in code  # the pipe, too, which ends no cell
+    assert not {"html_inline", "html_block"} & {token.type for token in tokens(text)}  # with the front matter
     (tmp_path / "results.json").write_text(json.dumps({**results, "test": {**part, "tasks": evil}}))
     assert "None: no results.json of it lies beside it." in write_card(tmp_path / "init.safetensors").read_text()
 
@@ -963,8 +1285,8 @@ DEEP = 100_000 * "[" + 100_000 * "]"
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     """Of splits, of shards and of a study."""
-    for name in ("splits.json", "shards.json", "study.journal"):
-        (tmp_path / name).write_text(f"{DEEP}\n")
+    for name, begins in (("splits.json", ""), ("shards.json", ""), ("study.journal", '{"a": ')):
+        (tmp_path / name).write_text(f"{begins}{DEEP}\n")
     with pytest.raises(DataError, match=r"the splits file .* is not JSON"):
         read_splits(tmp_path / "splits.json")
     with pytest.raises(DataError, match=r"shards\.json is not JSON"):

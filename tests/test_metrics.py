@@ -1,14 +1,16 @@
 """IoU in its three ways of counting, and the interval, against cases worked out by hand."""
 
 import csv
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from metaseg import metrics
 from metaseg.evaluate import Evaluation, Score, write_csv
-from metaseg.metrics import bootstrap_ci95, counts, iou
+from metaseg.metrics import bootstrap_ci95, bootstrap_difference_ci95, counts, iou
 
 # Counts
 
@@ -64,6 +66,21 @@ def test_the_interval_is_deterministic_and_leaves_numpys_state_alone() -> None:
     np.random.seed(0)  # noqa: NPY002
     assert drawn == np.random.random()  # noqa: NPY002
     assert bootstrap_ci95(means) == first
+
+
+def test_an_interval_takes_memory_for_some_resamples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is that of all drawn at once."""
+    rng = np.random.default_rng(1)
+    first, second = rng.random(50), rng.random(7)
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=(10_000, len(values)))].mean(axis=1) for values in (first, second)]
+    monkeypatch.setattr(metrics, "MOST_RESAMPLED", 1_000)
+    tracemalloc.start()
+    found = bootstrap_ci95(first), bootstrap_difference_ci95(first, second)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == tuple(tuple(np.percentile(of, [2.5, 97.5])) for of in (means[0], means[0] - means[1]))
+    assert peak < 2**20  # at once they would be 8 MB
 
 
 # Summaries

@@ -38,6 +38,7 @@ def serve(init: Initialisation, host: str, port: int) -> None:
     Raises:
         ConfigError: if Gradio is missing, or the port cannot be had.
     """
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host  # as addresses have IPv6's
     interruptible()
     with tempfile.TemporaryDirectory(prefix="metaseg-", ignore_cleanup_errors=True) as folder:
         uploads, sessions = Path(folder, "uploads"), Path(folder, "sessions")

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from metaseg.app.session import VIEW, Session
 from metaseg.data.faults import fault_lines
+from metaseg.data.opening import opened
 from metaseg.data.source import UInt8
 from metaseg.errors import UserError
 from metaseg.practice import Initialisation
@@ -269,7 +269,7 @@ def _painted(session: Session, opened: str | None, drawn: Drawn) -> UInt8 | None
 
 def _read(file: File) -> UInt8:
     """A picture (h, w, 4) that the editor sends."""
-    with Image.open(file["path"], formats=["PNG"]) as picture:
+    with opened(Path(file["path"]), ["PNG"]) as picture:
         if max(picture.size) > LARGEST:
             raise ValueError(f"a picture of {picture.size} pixels")
         return np.asarray(picture.convert("RGBA"))
