@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from metaseg.atomic import written_whole
 from metaseg.errors import Stopped, WeightsError
@@ -178,3 +181,47 @@ class StopOnSignal(pl.Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def check_state(
+    path: Any, checkpoint: Mapping[str, Any], optimizer: Optimizer, schedule: LRScheduler, loops: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint that training cannot go on from: Lightning would end in the midst of restoring it.
+
+    Args:
+        path: of it, for the message.
+        checkpoint: as Lightning keeps it.
+        optimizer: like the run's, of a θ of its own, which takes a step here.
+        schedule: of that optimizer.
+        loops: the state of the trainer's, whose form the checkpoint's shall have.
+
+    Raises:
+        WeightsError: naming what is odd.
+    """
+    try:
+        (of_optimizer,), (of_schedule,) = (copy.deepcopy(checkpoint[p]) for p in ("optimizer_states", "lr_schedulers"))
+        optimizer.load_state_dict(of_optimizer)
+        schedule.load_state_dict(of_schedule)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        schedule.step()
+        odd = [
+            key for key, value in checkpoint["loops"]["fit_loop"].items() if not _alike(value, loops.get(key, value))
+        ]
+        if odd:
+            raise ValueError(f"{odd[0]} of its loops")
+        if not isinstance(checkpoint.get("dropped_episodes", {"count": 0})["count"], int):
+            raise ValueError("the count of its dropped episodes")
+    except Exception as error:  # of whatever it holds
+        raise WeightsError(
+            f"{path} cannot be resumed: its optimizer, schedule or loops are not as a run leaves them ({error!r}). "
+            "Give an earlier one, or model.weights=PATH of its init.safetensors to begin a new run from its weights"
+        ) from error
+
+
+def _alike(given: Any, own: Any) -> bool:
+    """Whether it has the keys and kinds of our own state."""
+    if isinstance(own, dict) and isinstance(given, dict):
+        return given.keys() == own.keys() and all(_alike(given[key], value) for key, value in own.items())
+    return type(given) is type(own)

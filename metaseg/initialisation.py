@@ -288,6 +288,16 @@ def _about(values: Mapping[str, Any]) -> About:
         TypeError, ValueError: if it is not.
     """
     about = About(**values)
+    check_about(about)
+    return about
+
+
+def check_about(about: About) -> None:
+    """Refuse what no file may say of itself.
+
+    Raises:
+        ValueError: naming the first field.
+    """
     sides = about.image_size is None or (_is_whole(about.image_size) and about.image_size <= MOST_PIXELS)
     seen = {} if about.seen is None else about.seen
     sound = {
@@ -309,7 +319,6 @@ def _about(values: Mapping[str, Any]) -> About:
     side = about.image_size or 64  # the least that there is, where it is not said
     if images * side**2 > MOST_DRAWN:
         raise ValueError(f"its update asks for {images} images of {side}², more than memory has")
-    return about
 
 
 def _is_whole(value: Any, least: int | None = 0) -> TypeGuard[int]:

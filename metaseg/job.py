@@ -22,7 +22,7 @@ from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import SPLITS, Split, TaskSource, image_counts, splits_sha256, task_ids
 from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.evaluate import Scoring
-from metaseg.initialisation import About, check_held_out, check_resumable, load_initialisation, read_about
+from metaseg.initialisation import About, check_about, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
 from metaseg.space import distributions, training_distributions
 from metaseg.update import Update
@@ -94,6 +94,10 @@ def build(config: DictConfig) -> Job:
         seen=tasks_seen(config, source),
         image_size=source.image_size,
     )
+    try:
+        check_about(about)
+    except ValueError as error:
+        raise ConfigError(f"a file of this run's θ could not be read again: {error}") from error
     for init in config.curves.inits.values() if config.mode == "curves" else ():
         if init not in ("imagenet", "random"):
             load_initialisation(net, Path(str(init)), about.model)  # again later; now what does not fit costs nothing

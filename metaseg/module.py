@@ -1,6 +1,5 @@
 """The meta-training loop: a meta-batch of episodes → the mean pseudo-gradient → one outer optimizer step."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from metaseg import ranks
 from metaseg.adapt import Adapter, Engine
 from metaseg.algos import Algorithm
+from metaseg.checkpoints import check_state
 from metaseg.divergence import DroppedEpisodes, divergence
 from metaseg.engine.flat import flat, flat_statistics
 from metaseg.episode import Episode
-from metaseg.errors import DivergedError, WeightsError
+from metaseg.errors import DivergedError
 from metaseg.evaluate import Example
 from metaseg.update import Update
 
@@ -151,45 +151,15 @@ class MetaModule(pl.LightningModule):
         Raises:
             WeightsError: if training cannot go on from what it holds: Lightning restores the rest later, unseen.
         """
-        try:
-            self._rehearse(checkpoint)
-            if "dropped_episodes" in checkpoint:
-                self.dropped.restore(checkpoint["dropped_episodes"])
-        except Exception as error:  # of whatever it holds
-            raise WeightsError(
-                f"{self.trainer.ckpt_path} cannot be resumed: its optimizer, schedule or loops are not as a run leaves "
-                f"them ({error!r}). Give an earlier checkpoint, or model.weights=PATH of its init.safetensors to begin "
-                "a new run from its weights"
-            ) from error
-
-    def _rehearse(self, checkpoint: dict[str, Any]) -> None:
-        """Restore a copy of the outer optimizer and of its schedule, and take a step with them."""
         theta = torch.zeros(sum(p.numel() for p in self.net.parameters()), device=self.trainer.strategy.root_device)
-        theta.grad = torch.zeros_like(theta)
-        (of_optimizer,), (of_schedule,) = (copy.deepcopy(checkpoint[p]) for p in ("optimizer_states", "lr_schedulers"))
-        optimizer, schedule = self._optimizer(theta)
-        optimizer.load_state_dict(of_optimizer)
-        schedule.load_state_dict(of_schedule)
-        optimizer.step()
-        schedule.step()
-        loops = self.trainer.fit_loop.state_dict()
-        odd = [
-            key for key, value in checkpoint["loops"]["fit_loop"].items() if not _alike(value, loops.get(key, value))
-        ]
-        if odd:
-            raise ValueError(f"{odd[0]} of its loops")
+        check_state(self.trainer.ckpt_path, checkpoint, *self._optimizer(theta), self.trainer.fit_loop.state_dict())
+        if "dropped_episodes" in checkpoint:
+            self.dropped.restore(checkpoint["dropped_episodes"])
 
     def validation_step(self, example: Example, batch_idx: int) -> None:
         """Log the score of an episode of a held-out task; `evaluate.Scoring` has adapted to it."""
         self.log("val/iou", example.score.iou, prog_bar=True, on_epoch=True, batch_size=1)
         self.log("val/loss", example.score.loss, on_epoch=True, batch_size=1)
-
-
-def _alike(given: Any, own: Any) -> bool:
-    """Whether it has the keys and kinds of our own state."""
-    if isinstance(own, dict) and isinstance(given, dict):
-        return given.keys() == own.keys() and all(_alike(given[key], value) for key, value in own.items())
-    return type(given) is type(own)
 
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:

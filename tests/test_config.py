@@ -359,6 +359,10 @@ def test_the_command_line_fails_at_once_on_a_mistyped_key(tmp_path: Path) -> Non
         ("evaluate=5", "evaluate=5: it holds values of its own"),
         ("model.residual=no", "model.residual=no: give true or false"),
         ("model.drop_path=2", "model.drop_path=2: give a rate from 0 to below 1"),
+        (
+            "update.batch_size=100000000",
+            "could not be read again: its update asks for .* of 32², more than memory",
+        ),
         ("model.drop_path=abc", "EfficientLab cannot be made of .*TypeError"),
     ],
 )
