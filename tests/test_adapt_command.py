@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -379,13 +378,17 @@ def test_an_out_that_cannot_be_a_folder(command: Command, place: Path) -> None:
         assert re.search("out=.* cannot be made.*: choose another folder", command(f"out={place / out}", fails=True))
 
 
-def test_help_lists_every_key_with_what_it_is_for() -> None:
-    done = subprocess.run([sys.executable, "-m", "metaseg.adapt", "--help"], capture_output=True, text=True, check=True)
-    assert "python -m metaseg.adapt support=labelled query=photos out=masks" in done.stdout
+def test_help_lists_every_key_with_what_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["metaseg-adapt", "--help"])
+    main()
+    told = capsys.readouterr().out
+    assert "python -m metaseg.adapt support=labelled query=photos out=masks" in told
     for key in OmegaConf.load(config_dir() / "adapt.yaml"):
-        assert key == "defaults" or re.search(rf"^{key}: .* # \w+", done.stdout, re.MULTILINE)
+        assert key == "defaults" or re.search(rf"^{key}: .* # \w+", told, re.MULTILINE)
     for key in OmegaConf.load(config_dir() / "update" / "sgd.yaml"):
-        assert key == "_target_" or re.search(rf"^  {key}:", done.stdout, re.MULTILINE)
+        assert key == "_target_" or re.search(rf"^  {key}:", told, re.MULTILINE)
 
 
 def test_without_init_it_starts_from_the_shipped_one(

@@ -245,15 +245,16 @@ def test_what_the_user_can_mend_ends_in_its_message(
         main(words)
 
 
-def test_exit_codes(tmp_path: Path) -> None:
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", FIVE)
-    command = [sys.executable, "-m", "metaseg.compare", str(run)]
-    sound = subprocess.run([*command, str(run)], capture_output=True, text=True)
-    assert (sound.returncode, sound.stderr) == (0, "")
-    refused = subprocess.run([*command, f"{tmp_path}/b"], capture_output=True, text=True)
+    main([str(run), str(run)])
+    assert capsys.readouterr().err == ""
+    command = [sys.executable, "-m", "metaseg.compare", str(run), f"{tmp_path}/b"]
+    refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith("metaseg: ")
     assert "Traceback" not in refused.stderr
-    explained = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert explained.returncode == 0
-    assert "RUN_A1,RUN_A2" in explained.stdout
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "RUN_A1,RUN_A2" in capsys.readouterr().out

@@ -779,7 +779,7 @@ def test_a_state_that_training_cannot_go_on_from_is_refused(
     checkpoint = torch.load(stopped, weights_only=True)
     spoil(checkpoint)
     torch.save(checkpoint, tmp_path / "evil.ckpt")
-    with pytest.raises(WeightsError, match=rf"(?s){message}.*Give an earlier checkpoint, or model.weights=PATH"):
+    with pytest.raises(WeightsError, match=rf"(?s){message}.*Give an earlier one, or model.weights=PATH"):
         run(composed(*data, *RESUMABLE, f"ckpt_path={tmp_path}/evil.ckpt"), tmp_path / "out")
 
 

@@ -83,7 +83,7 @@ def interrupt(
     return process.exitcode, step_of(last)
 
 
-@pytest.mark.parametrize(("kills", "steps", "every"), [(2, 16, 1), pytest.param(20, 120, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps", "every"), [(2, 10, 1), pytest.param(20, 120, 3, marks=pytest.mark.slow)])
 def test_stopped_and_killed_it_ends_where_the_uninterrupted_run_does(
     kills: int, steps: int, every: int, words: list[str], tmp_path: Path
 ) -> None:

@@ -251,7 +251,14 @@ class Stop(Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize(("after", "validating", "saved"), [(2, True, 1), (2, False, 2), (3, False, 3)])
+@pytest.mark.parametrize(
+    ("after", "validating", "saved"),
+    [
+        (2, True, 1),
+        pytest.param(2, False, 2, marks=pytest.mark.slow),
+        pytest.param(3, False, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_end(
     data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, validating: bool, saved: int
 ) -> None:
@@ -315,13 +322,16 @@ def test_a_failed_run_says_so_to_wandb(data: tuple[str, ...], tmp_path: Path, mo
     assert wandb_files.exit_code(wandb_files.finished(path)) == 1
 
 
+BASE = ("reptile", "sgd", "csv", "fast")  # of which all of these runs are, trainer=cpu with nothing else
+
+
 @pytest.mark.parametrize(
     ("group", "preset"),
     [
         (g, p)
         for g in GROUPS
         for p in presets(g)
-        if g in ("algo", "update", "logger", "debug", "trainer") and p != "gpu"
+        if g in ("algo", "update", "logger", "debug", "trainer") and p not in ("gpu", *BASE)
     ],
 )
 def test_presets_run_dry(group: str, preset: str, data: tuple[str, ...], tmp_path: Path) -> None:
