@@ -149,17 +149,22 @@ def test_what_one_rank_drops_both_know(most: float, words: list[str], tmp_path: 
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_the_death_of_one_rank_ends_the_other_with_a_cure(words: list[str], alone: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "metaseg.run", *words, *DDP, f"hydra.run.dir={tmp_path}", "ckpt_path=last"]
+def after_a_signal_to_rank_1(number: signal.Signals, words: list[str], folder: Path) -> tuple[int, str]:
+    """The exit code and stderr of a run of two ranks, the second of which is sent a signal at the first checkpoint."""
+    command = [sys.executable, "-m", "metaseg.run", *words, *DDP, f"hydra.run.dir={folder}", "ckpt_path=last"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    while process.poll() is None and not last.exists():
+    while process.poll() is None and not (folder / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.01)
     (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(other), signal.SIGKILL)
+    os.kill(int(other), number)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1, stderr
+    return process.returncode, stderr
+
+
+@pytest.mark.slow
+def test_the_death_of_one_rank_ends_the_other_with_a_cure(words: list[str], alone: Path, tmp_path: Path) -> None:
+    code, stderr = after_a_signal_to_rank_1(signal.SIGKILL, words, tmp_path)
+    assert code == 1, stderr
     assert "another process of this run has ended" in stderr
     assert "Traceback" not in stderr
     run(composed(*words, "trainer=cpu", "ckpt_path=last"), tmp_path)
@@ -168,16 +173,9 @@ def test_the_death_of_one_rank_ends_the_other_with_a_cure(words: list[str], alon
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(words: list[str], alone: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "metaseg.run", *words, *DDP, f"hydra.run.dir={tmp_path}", "ckpt_path=last"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    while process.poll() is None and not last.exists():
-        time.sleep(0.01)
-    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(other), signal.SIGTERM)
-    _, stderr = process.communicate()
-    assert process.returncode == RESUMABLE, stderr
-    reached = torch.load(last, weights_only=True)["global_step"]
+    code, stderr = after_a_signal_to_rank_1(signal.SIGTERM, words, tmp_path)
+    assert code == RESUMABLE, stderr
+    reached = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < reached < STEPS
     assert stderr.count(f"stopped by SIGTERM at meta-step {reached}; the same command with ckpt_path=last") == 1
     assert read_outcome(tmp_path) is None
