@@ -221,13 +221,14 @@ def read_run(folder: Path) -> FinishedRun:
             raise TypeError(f"{odd[0]} is {found[odd[0]]!r:.40}")
         if not all(is_number(score["iou"]) for score in scores.values()):  # a loss may be infinite
             raise ValueError("an IoU is no number")
-        if len(scores) > MOST_EPISODES:
-            raise ValueError(f"it is of {len(scores):,} episodes")
         _ = run.split
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ComparisonError(
             f"{folder}: results.json or per_task.csv is not what a run writes ({error!r}): run it again"
         ) from error
+    if len(scores) > MOST_EPISODES:
+        most = f"intervals are made of {MOST_EPISODES:,} at most: test on fewer by evaluate.test_tasks"
+        raise ComparisonError(f"{per_task} has {len(scores):,} episodes, and {most}")
     if not scores:
         raise ComparisonError(f"{per_task} has no episode: run it again")
     return run

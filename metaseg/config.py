@@ -203,6 +203,12 @@ def make_update(config: DictConfig, name: str = "update") -> Update:
     return update
 
 
+def device_of(config: DictConfig) -> torch.device:
+    """Where the trainer would put the network."""
+    wants = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """The configuration in plain containers."""
     container = OmegaConf.to_container(config, resolve=True)
@@ -290,14 +296,14 @@ def _check_nodes(config: DictConfig, nodes: Sequence[str]) -> None:
 
 def _check_outer(config: DictConfig) -> None:
     """Have the outer optimizer take two steps, as meta-training will; what is NaN in it shows in the second."""
-    theta = torch.zeros(2, requires_grad=True)
-    theta.grad = torch.zeros(2)
+    theta = torch.zeros(2, requires_grad=True, device=device_of(config))
+    theta.grad = torch.full_like(theta, 1e-3)
     try:
         optimizer = instantiate(config.algo.outer, _convert_="all")([theta])
         for _ in range(2):
             optimizer.step()
         if not torch.isfinite(theta).all():
-            raise ValueError("it makes NaN of zeros")
+            raise ValueError("it makes NaN of numbers")
     except Exception as error:  # each optimizer has its own checks of its options
         raise ConfigError(
             f"algo.outer cannot take a meta-step ({error.__cause__ or error}): mend its options, or choose one of "
@@ -309,7 +315,7 @@ def _check_trainer(config: DictConfig) -> None:
     """Make the trainer once; meta-training makes its own, with what only it knows."""
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     try:
-        instantiate(config.trainer, **dict.fromkeys(quiet, False))
+        instantiate(config.trainer, callbacks=None, **dict.fromkeys(quiet, False))
     except Exception as error:  # Lightning's own kinds, among others
         raise ConfigError(f"trainer cannot be made of these values: {error.__cause__ or error}") from error
 
@@ -396,7 +402,7 @@ def _rules(config: DictConfig) -> Iterator[tuple[bool, str]]:
         f"trainer.accelerator={accelerator}, but torch sees no CUDA device: use trainer=cpu or trainer=auto",
     )
     trainer = config.trainer
-    yield _whole("trainer.log_every_n_steps", trainer.log_every_n_steps, 0, "meta-steps")
+    yield _whole("trainer.log_every_n_steps", trainer.get("log_every_n_steps"), 0, "meta-steps", "for Lightning's own")
     if not is_distributed(config):
         yield (
             trainer.devices != 1,

@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import nn
 
 from metaseg.atomic import written_whole
-from metaseg.config import config_sha256, plain
+from metaseg.config import config_sha256, device_of, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.errors import ConfigError, WeightsError
 from metaseg.evaluate import Evaluation, evaluate, write_csv
 from metaseg.initialisation import check_held_out, load_initialisation, read_about
-from metaseg.job import Job, create, device_of, scoring_of
+from metaseg.job import Job, create, scoring_of
 from metaseg.metrics import Floats, bootstrap_ci95
 from metaseg.panels import log_picture
 from metaseg.report import SCHEMA, git_commit

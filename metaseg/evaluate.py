@@ -414,8 +414,13 @@ def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode:
 
 
 def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
+    losses = raw.losses.tolist()
+    sound = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)  # steps that φ was φ for
+    for i, measured in enumerate(raw.query):
+        last = i == len(raw.query) - 1
+        if raw.steps[i] >= sound or not torch.isfinite(measured.loss) or (last and not raw.finite):
+            raw.query[i] = _nothing(episode.query)
     if not raw.finite:
-        raw.query[-1] = _nothing(episode.query)
         raw = raw._replace(support=_nothing(episode.support[: len(episode.query)]))
     score = Score(
         task=episode.task,
@@ -424,7 +429,7 @@ def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
         losses=torch.stack([m.loss for m in raw.query]).cpu().numpy().astype(np.float64),
         support_counts=raw.support.counts.cpu().numpy().astype(np.float64),
         support_loss=float(raw.support.loss),
-        diverged="" if raw.finite else divergence(update, raw.losses.tolist()),
+        diverged="" if raw.finite else divergence(update, losses),
     )
     return Example(replace(episode, batches=(), rehearsal=None), raw.query[-1].prediction.cpu(), score)
 

@@ -15,14 +15,14 @@ from pytorch_lightning.loggers import Logger
 from metaseg.algos import Algorithm
 from metaseg.card import write_card
 from metaseg.checkpoints import BestCheckpoint, CheckpointFiles, LastCheckpoint, StopOnSignal
-from metaseg.config import training_values
+from metaseg.config import device_of, training_values
 from metaseg.data.datamodule import EpisodeData
 from metaseg.data.episodes import TrainingEpisodes
 from metaseg.data.source import SPLITS, Split
 from metaseg.errors import ConfigError
 from metaseg.evaluate import Evaluation, evaluate
 from metaseg.initialisation import About, load_initialisation, save_initialisation
-from metaseg.job import Job, create, describe, device_of, load, scoring, splits_to_score
+from metaseg.job import Job, create, describe, load, scoring, splits_to_score
 from metaseg.module import MetaModule
 from metaseg.ranks import leads
 from metaseg.report import MetaProgressBar, report

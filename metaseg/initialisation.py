@@ -25,9 +25,9 @@ from metaseg.texts import is_plain
 from metaseg.trust import NETWORKS, check_trusted
 
 MOST_PIXELS = 2**12  # of an image's side, at most, in a file
-# pixels of all mini-batches of an adaptation, which lie in memory together: 4 GB, twice that while they are drawn, and
+# pixels of all mini-batches of an adaptation, which lie in memory together: 9 GB, twice that while they are drawn, and
 # three times with early stopping, whose search has as many of its own; the paper draws 2·10⁸, in 500 steps at 224²
-MOST_DRAWN = 2**30
+MOST_DRAWN = 2**31
 _NO_SHAPE = ("weights", "drop_path")  # what may differ between networks that one file of weights fits
 BEST = "best.ckpt"  # the one checkpoint that Lightning keeps of a run
 _UNSAID = {"residual": True}  # what a network's configuration from before there was the choice means
@@ -318,7 +318,10 @@ def check_about(about: About) -> None:
     images = (steps if _is_whole(steps) else 1) * (batch_size if _is_whole(batch_size) else 1)
     side = about.image_size or 64  # the least that there is, where it is not said
     if images * side**2 > MOST_DRAWN:
-        raise ValueError(f"its update asks for {images} images of {side}², more than memory has")
+        raise ValueError(
+            f"its update asks for {images} images of {side}², more than memory has: lower its steps or batch_size, or "
+            "the image size"
+        )
 
 
 def _is_whole(value: Any, least: int | None = 0) -> TypeGuard[int]:

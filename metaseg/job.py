@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -17,14 +16,14 @@ from torch import nn
 
 from metaseg.adapt import Engine
 from metaseg.algos import Algorithm
-from metaseg.config import check, config_sha256, inner_config, make_update, plain, training_values, trains
+from metaseg.config import check, config_sha256, device_of, inner_config, make_update, plain, training_values, trains
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.data.source import SPLITS, Split, TaskSource, image_counts, splits_sha256, task_ids
 from metaseg.errors import ConfigError, UserError, WeightsError
 from metaseg.evaluate import Scoring
 from metaseg.initialisation import About, check_about, check_held_out, check_resumable, load_initialisation, read_about
 from metaseg.seeding import torch_seed
-from metaseg.space import distributions, training_distributions
+from metaseg.space import distributions, ends, training_distributions
 from metaseg.update import Update
 
 # what Python and its libraries raise over values that they cannot work with
@@ -71,10 +70,7 @@ def build(config: DictConfig) -> Job:
     update = make_update(config["update"])
     for split in splits_to_score(config, source):
         evaluation_episodes(config, source, split, update)  # scarce data fail now, not when the split is reached
-    if config.mode == "uho":
-        distributions(config.uho.space, update)
-    if config.mode == "search":
-        training_distributions(config)
+    largest = searched_largest(config, update)
     algo = inner = None
     if trains(config):
         algo, inner = create(config.algo.method), make_update(inner_config(config), "algo.inner")
@@ -95,7 +91,8 @@ def build(config: DictConfig) -> Job:
         image_size=source.image_size,
     )
     try:
-        check_about(about)
+        for values in ({}, largest):
+            check_about(replace(about, update={**about.update, **values}))
     except ValueError as error:
         raise ConfigError(f"a file of this run's θ could not be read again: {error}") from error
     for init in config.curves.inits.values() if config.mode == "curves" else ():
@@ -111,6 +108,24 @@ def build(config: DictConfig) -> Job:
             tested, theta = loaded, f"ckpt_path={path}"
     check_held_out(tested, source, splits_to_score(config, source), theta)
     return Job(config, source, net, update, algo, inner, create(config.engine), about)
+
+
+def searched_largest(config: DictConfig, update: Update) -> dict[str, int]:
+    """The steps and the batch size, at most, of the ω that a search may find; empty if they are not searched.
+
+    Raises:
+        ConfigError: if its space is none.
+    """
+    if config.mode == "uho":
+        space = distributions(config.uho.space, update)
+        sizes = ends(space["batch_size"]) if "batch_size" in space else [update.batch_size]
+        return {"steps": max(*config.uho.steps, update.steps), "batch_size": max(sizes)}
+    if config.mode == "search":
+        space = training_distributions(config)
+        return {
+            name: max(ends(space[f"update.{name}"])) for name in ("steps", "batch_size") if f"update.{name}" in space
+        }
+    return {}
 
 
 def tasks_seen(config: DictConfig, source: TaskSource) -> dict[str, list[str]]:
@@ -231,12 +246,6 @@ def fingerprint(job: Job) -> str:
     for name, tensor in sorted(job.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def device_of(config: DictConfig) -> torch.device:
-    """Where the trainer would put the network."""
-    wants = config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if wants and torch.cuda.is_available() else "cpu")
 
 
 def create(config: DictConfig, **more: Any) -> Any:

@@ -159,7 +159,8 @@ def adaptation(found: Found) -> Html:
     for (name, run), colour in _coloured(found):
         course = run.results[run.split].get("course")  # runs of before there was it have none
         for ax, key in zip(axes, ("iou", "loss"), strict=True) if course else ():
-            ax.plot([at["step"] for at in course], [at[key] for at in course], ".-", color=colour, label=no_math(name))
+            shown = [at[key] if is_number(at[key]) else math.nan for at in course]  # a loss may be out of sight
+            ax.plot([at["step"] for at in course], shown, ".-", color=colour, label=no_math(name))
     return _drawn(figure, "adaptation curves")
 
 
@@ -219,9 +220,8 @@ def _read(folder: Path) -> FinishedRun:
         _ = part["tasks"], (run.results.get("episodes") or {}).get("seed")
         low, high = part["iou"]["ci95"]
         course = part.get("course") or ()
-        losses = [at["loss"] for at in course if at["loss"] is not None]
-        numbers = [part["iou"]["mean"], low, high, *losses, *(at[key] for at in course for key in ("step", "iou"))]
-        if not all(map(is_number, numbers)):
+        numbers = [part["iou"]["mean"], low, high, *(at[key] for at in course for key in ("step", "iou"))]
+        if not all(map(is_number, numbers)) or not all(isinstance(at["loss"], int | float | None) for at in course):
             raise ValueError("an IoU, or its course, is no number")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ComparisonError(f"{folder}/results.json is not what a run writes ({error!r}): run it again") from error

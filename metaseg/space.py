@@ -39,7 +39,7 @@ def distributions(space: DictConfig, update: Update) -> dict[str, BaseDistributi
             raise ConfigError(f"uho.space.{name}: choose from {', '.join(SEARCHABLE)}; steps come from uho.steps")
         made[name] = _distribution(f"uho.space.{name}", entry, whole=name == "batch_size")
     for name, distribution in made.items():
-        for value in _ends(distribution):
+        for value in ends(distribution):
             try:
                 replace(update, **{name: value})
             except ConfigError as error:
@@ -96,11 +96,11 @@ def training_distributions(config: DictConfig) -> dict[str, BaseDistribution]:
         value = values[key]
         if "choices" not in entry and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"{name}: {key}={value} is no number, so give choices, as {{choices: [{value}, …]}}")
-        ends = [entry.get(end) for end in ("low", "high")] if isinstance(entry, dict) else []
+        given = [entry.get(end) for end in ("low", "high")] if isinstance(entry, dict) else []
         fraction = key.rpartition(".")[2] in _FRACTIONS
-        whole = not fraction and all(isinstance(number, int) for number in (value, *ends))
+        whole = not fraction and all(isinstance(number, int) for number in (value, *given))
         made[key] = _distribution(name, entry, whole)
-        for end in _ends(made[key]):
+        for end in ends(made[key]):
             try:
                 check(with_values(config, {**ALONE, key: end}))
             except ConfigError as error:
@@ -149,7 +149,8 @@ def _check_holds(name: str, distribution: BaseDistribution, key: str, value: Any
         )
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def ends(distribution: BaseDistribution) -> list[Any]:
+    """All choices of a distribution, or its lowest and its highest value."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -157,8 +158,8 @@ def _ends(distribution: BaseDistribution) -> list[Any]:
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    ends = _ends(distribution)
+    held = ends(distribution)
     if isinstance(distribution, CategoricalDistribution):
-        return value in ends
-    low, high = ends
+        return value in held
+    low, high = held
     return isinstance(value, int | float) and bool(low <= value <= high)

@@ -71,14 +71,14 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is no YAML file of plain values: {error}") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
     """The content of a JSON file.
 
     Raises:
-        OSError, ValueError: if it cannot be read.
+        OSError, ValueError: if it cannot be read, or has more than `most` bytes.
     """
     try:
-        return json.loads(read_file(path, MOST_JSON).decode("utf-8"))
+        return json.loads(read_file(path, most).decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
 

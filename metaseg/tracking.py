@@ -122,10 +122,9 @@ def wandb_logger(save_dir: str, facts: Sequence[str | None], tags: Sequence[str]
         run = wandb.init(
             dir=save_dir,
             mode=mode,
-            settings=wandb.Settings(finish_timeout=UPLOAD_S, finish_timeout_raises=True),
             reinit="finish_previous",
             tags=[*dict.fromkeys(tag for tag in (*facts, *tags) if tag)],
-            **init,
+            **{"settings": wandb.Settings(finish_timeout=UPLOAD_S, finish_timeout_raises=True), **init},
         )
         if not run.offline and not run.disabled:
             known.write_text(run.id)

@@ -23,9 +23,10 @@ from pytorch_lightning.loggers import Logger
 from rich.progress import Progress
 
 from metaseg.card import write_card
+from metaseg.config import device_of
 from metaseg.evaluate import Evaluation, Score, evaluate
 from metaseg.initialisation import About, save_initialisation
-from metaseg.job import Job, describe, device_of, evaluation_episodes, fingerprint, load, scoring
+from metaseg.job import Job, describe, evaluation_episodes, fingerprint, load, scoring
 from metaseg.metrics import Floats
 from metaseg.panels import log_picture
 from metaseg.report import report, write_results

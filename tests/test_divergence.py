@@ -305,7 +305,12 @@ def test_what_a_diverged_network_predicts_by_chance_does_not_count() -> None:
     guessed = predicted(adapt.predict(episode.query.images, episode.support))
     assert mean_iou(counts(guessed, episode.query.masks)) > 0.1
     with pytest.warns(UserWarning, match="2 of 2 adaptations diverged, and count as finding no object"):
-        found = evaluate(Scoring(make_net(), episodes, omega, auto), title="test", examples=1)
+        found = evaluate(Scoring(make_net(), episodes, omega, auto, rungs=range(1, 5)), title="test", examples=1)
+    for score in found.scores:
+        assert score.steps == (0, 1, 2, 3, 4, 5)
+        wrong = [i for i, loss in enumerate(score.losses) if not math.isfinite(loss)]
+        assert wrong == list(range(wrong[0], 6))
+        assert not score.counts[wrong, :, 0].any()  # pixels of the object that were found
     assert found.iou == pytest.approx(0, abs=1e-6)
     assert not found.examples[0].prediction.any()
     assert [math.isnan(score.losses[-1]) for score in found.scores] == [True, True]

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import struct
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from machine import rights_mean_something
 from omegaconf import OmegaConf
 from PIL import Image
+from scipy.io import savemat
 from trees import stripes, write_sbd, write_splits, write_tree, write_voc
 
 from metaseg.check import describe
@@ -168,9 +170,17 @@ def test_a_broken_file_is_listed_and_the_rest_used(roots, tmp_path, name, kept):
     assert [fault.path for fault in source.faults] == [path]
 
 
-def test_a_matlab_file_of_something_else_is_unreadable(roots):
-    from scipy.io import savemat
+def test_a_matlab_file_whose_compression_has_no_end_is_read(tmp_path):
+    """As MATLAB left some: without the checksum."""
+    path = tmp_path / "mask.mat"
+    savemat(path, {"GTcls": {"CategoriesPresent": [CAR], "Segmentation": stripes(CAR, CAT)}}, do_compression=True)
+    content = path.read_bytes()
+    kind, length = struct.unpack_from("<II", content, 128)
+    path.write_bytes(content[:128] + struct.pack("<II", kind, length - 4) + content[136 : 132 + length])
+    np.testing.assert_array_equal(read_labels(path), stripes(CAR, CAT))
 
+
+def test_a_matlab_file_of_something_else_is_unreadable(roots):
     savemat(roots[1] / "cls" / "2008_000007.mat", {"GTinst": {"Segmentation": stripes(CAR)}})
     savemat(roots[1] / "cls" / "2008_000006.mat", {"GTcls": {"Segmentation": stripes(CAR) * 1.0}})
     source, message = warned(*roots)

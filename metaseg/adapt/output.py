@@ -16,7 +16,7 @@ from PIL import Image
 from metaseg.data.source import UInt8
 from metaseg.errors import ConfigError
 from metaseg.pictures import PREDICTION, overlay
-from metaseg.texts import read_json
+from metaseg.texts import MOST_READ, read_json
 
 RECORD, INDEX, MODEL, CARD = "adaptation.json", "index.html", "adapted.safetensors", "card.md"
 PREDICTIONS = ("masks", "overlays", "probabilities")
@@ -123,7 +123,7 @@ class Output:
     def _earlier(self) -> set[str]:
         """The files that an earlier run left here."""
         try:
-            record = read_json(self.folder / RECORD)
+            record = read_json(self.folder / RECORD, MOST_READ)
             ours = "metaseg" in record  # its version
             return {str(name) for name in record["files"]} if ours else set()
         except (OSError, ValueError, KeyError, TypeError):

@@ -46,12 +46,12 @@ def binary(values: NDArray[np.integer]) -> UInt8:
 def half_of(values: NDArray[np.integer]) -> int:
     """Half of the greatest value, above which the object is: in masks of 0 and 1, of 0 and 255, of a colour on black.
 
-    But what stays below an eighth of the range (0 … 1, 0 … 255 or 0 … 65535, told by the greatest value) is no object:
+    But what stays below a quarter of the range (0 … 1, 0 … 255 or 0 … 65535, told by the greatest value) is no object:
     it may be noise, or the number of a class. Then it is half of the range.
     """
     most = int(values.max())
     full = 1 if most <= 1 else 255 if most <= 255 else 65535
-    return (most if 8 * most > full else full) // 2
+    return (most if 4 * most > full else full) // 2
 
 
 def levels_of(values: NDArray[np.integer]) -> UInt8:

@@ -35,7 +35,8 @@ def opened(path: Path, formats: Sequence[str]) -> Iterator[Image.Image]:
         PIL.Image.DecompressionBombError: if its head claims more than `MAX_PIXELS`.
         Exception: Pillow raises errors of all kinds over damaged files, also while the pixels are decoded.
     """
-    with Image.open(path, formats=tuple(formats)) as file:
+    # not Pillow's own block: before 11 it fails over a file that is closed in it, and it keeps the pixels
+    with closing(Image.open(path, formats=tuple(formats))) as file:
         if file.width * file.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{file.width}×{file.height}")
         yield file

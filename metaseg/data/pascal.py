@@ -218,8 +218,8 @@ def _segmentation(content: bytes) -> UInt8:
         if kind == MI_COMPRESSED:
             inflating = zlib.decompressobj()
             inflated = inflating.decompress(part, MOST_BYTES)
-            if not inflating.eof:
-                raise ValueError(f"it is cut off, or becomes more than {MOST_BYTES >> 20} MiB")
+            if inflating.unconsumed_tail:  # not `eof`: MATLAB leaves some without an end
+                raise ValueError(f"it becomes more than {MOST_BYTES >> 20} MiB")
             kind, part = next(_elements(inflated))
         if kind != MI_MATRIX:
             continue
@@ -229,7 +229,7 @@ def _segmentation(content: bytes) -> UInt8:
             (_, width), (_, names) = islice(elements, 2)  # of the fields
             places = range(0, len(names), int.from_bytes(width, "little"))
             for at, (_, field) in zip(places, elements, strict=False):
-                if names[at : at + places.step].rstrip(b"\0") == b"Segmentation":
+                if names[at : at + places.step].partition(b"\0")[0] == b"Segmentation":
                     return _uint8_matrix(field)
     raise ValueError("there is none")
 
