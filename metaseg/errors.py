@@ -1,4 +1,4 @@
-"""Errors that the user can mend; each message says how. The command line prints it alone, without a traceback.
+"""Errors that the user can mend; each message says how. The command line prints it, without a traceback.
 
 And the one end of a run that is no error: it was told to stop, and can go on.
 """

@@ -142,7 +142,7 @@ def _hydra_main(config: DictConfig) -> float:
 
 
 def launch(hydra_main: Callable[[], Any]) -> None:
-    """Run a Hydra main; what the user can mend ends in its message alone, anything else in its whole traceback.
+    """Run a Hydra main; what the user can mend ends in its message, anything else in its whole traceback.
 
     SIGTERM, and of a multirun Ctrl-C, ends it with the exit code `errors.RESUMABLE`.
     """
