@@ -246,7 +246,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def multirun(words: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     def start(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "metaseg.run", "-m", *words, f"hydra.sweep.dir={folder}", *more]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, timeout=300)
 
     return start
 
@@ -313,12 +313,12 @@ def test_launchers_compose(launcher: str) -> None:
 SBATCH = """#!/bin/bash
 # a cluster of one node that begins the tasks of an array at once
 script=$1
-cp "$script" "$0.seen"
+cp "$script" "$0.seen"  # which is run: submitit puts a link in its place meanwhile
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 for task in $(seq 0 "$last"); do
   SLURM_JOB_ID=7_$task SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_JOB_NAME=metaseg SLURM_NTASKS=1 \
   SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=localhost \
-  nohup bash "$script" >/dev/null 2>&1 &
+  nohup bash "$0.seen" >"$0.log$task" 2>&1 &
 done
 echo "Submitted batch job 7"
 """
