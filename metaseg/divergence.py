@@ -12,6 +12,11 @@ from metaseg.update import Update
 FIRST_EPISODES = 20  # of a run, from which on the share of dropped ones says something
 
 
+def first_bad(losses: Sequence[float]) -> int | None:
+    """How many inner steps there were before the first loss that is not finite; None if all are."""
+    return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
 def divergence(update: Update, losses: Sequence[float]) -> str:
     """In words, behind which inner step, of which learning rate, an adaptation is not `Adapter.finite` any more.
 
@@ -19,9 +24,9 @@ def divergence(update: Update, losses: Sequence[float]) -> str:
         update: ω.
         losses: of all its mini-batches, at least one, each before its step.
     """
-    steps = len(losses)
-    taken = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), steps)
-    what = f"the loss is {losses[taken]}" if taken < steps else "the numbers are not finite"
+    steps, bad = len(losses), first_bad(losses)
+    what = "the numbers are not finite" if bad is None else f"the loss is {losses[bad]}"
+    taken = steps if bad is None else bad
     when = f"after inner step {taken}" if taken else "before inner step 1"
     return f"{what} {when} of {steps}, at lr {update.lr_at(max(0, taken - 1)):g}"
 

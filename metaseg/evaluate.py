@@ -23,7 +23,7 @@ from metaseg import ranks
 from metaseg.adapt import Adapter, Engine, Lanes
 from metaseg.data.episodes import EvaluationEpisodes, episode_loader, one_thread
 from metaseg.data.source import Split
-from metaseg.divergence import divergence
+from metaseg.divergence import divergence, first_bad
 from metaseg.episode import Batch, Episode
 from metaseg.losses import segmentation_loss
 from metaseg.metrics import Floats, bootstrap_ci95, bootstrap_difference_ci95, counts, for_json, iou, predicted
@@ -414,30 +414,34 @@ def _adapt_and_score(theta: nn.Module, rungs: Set[int], adapt: Adapter, episode:
 
 
 def _example(episode: Episode, raw: _Raw, update: Update) -> Example:
-    losses = raw.losses.tolist()
-    sound = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), math.inf)  # steps that φ was φ for
-    for i, measured in enumerate(raw.query):
-        last = i == len(raw.query) - 1
-        if raw.steps[i] >= sound or not torch.isfinite(measured.loss) or (last and not raw.finite):
-            raw.query[i] = _nothing(episode.query)
+    inner = raw.losses.tolist()
+    found, losses = (
+        torch.stack(part).cpu().numpy().astype(np.float64)
+        for part in ([m.counts for m in raw.query], [m.loss for m in raw.query])
+    )
+    support, support_loss = raw.support.counts.cpu().numpy().astype(np.float64), float(raw.support.loss)
+    prediction, bad = raw.query[-1].prediction.cpu(), first_bad(inner)
+    wrong = ~np.isfinite(losses) | (np.array(raw.steps) >= (math.inf if bad is None else bad))
     if not raw.finite:
-        raw = raw._replace(support=_nothing(episode.support[: len(episode.query)]))
+        wrong[-1] = True
+        support, support_loss = _nothing(episode.support[: len(episode.query)]), math.nan
+        prediction = torch.zeros_like(prediction)
+    found[wrong], losses[wrong] = _nothing(episode.query), math.nan
     score = Score(
         task=episode.task,
         steps=tuple(raw.steps),
-        counts=torch.stack([m.counts for m in raw.query]).cpu().numpy().astype(np.float64),
-        losses=torch.stack([m.loss for m in raw.query]).cpu().numpy().astype(np.float64),
-        support_counts=raw.support.counts.cpu().numpy().astype(np.float64),
-        support_loss=float(raw.support.loss),
-        diverged="" if raw.finite else divergence(update, losses),
+        counts=found,
+        losses=losses,
+        support_counts=support,
+        support_loss=support_loss,
+        diverged="" if raw.finite else divergence(update, inner),
     )
-    return Example(replace(episode, batches=(), rehearsal=None), raw.query[-1].prediction.cpu(), score)
+    return Example(replace(episode, batches=(), rehearsal=None), prediction, score)
 
 
-def _nothing(batch: Batch) -> _Measured:
-    """No object found, whatever a network that is none any more may predict."""
-    prediction = torch.zeros_like(batch.masks)
-    return _Measured(counts(prediction, batch.masks), torch.tensor(math.nan), prediction)
+def _nothing(batch: Batch) -> Floats:
+    """The pixel counts of finding no object, whatever a network that is none any more may predict; (images, 4)."""
+    return counts(torch.zeros_like(batch.masks), batch.masks).numpy().astype(np.float64)
 
 
 def evaluate(scoring: Scoring, *, title: str, examples: int = 0) -> Evaluation:
