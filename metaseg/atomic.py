@@ -1,6 +1,7 @@
 """What comes into being whole: a process may be killed, a disk full, and others want the same, while it is written."""
 
 import glob
+import json
 import os
 import shutil
 import sys
@@ -24,6 +25,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file of JSON, for people to read too, that comes into being whole."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

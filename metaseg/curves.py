@@ -3,7 +3,6 @@
 Every initialisation meets the same query images, and supports of which the larger contain the smaller.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from metaseg.atomic import written_whole
+from metaseg.atomic import write_json
 from metaseg.config import config_sha256, device_of, plain
 from metaseg.data.episodes import EvaluationEpisodes, choose_tasks
 from metaseg.errors import ConfigError, WeightsError
@@ -72,8 +71,7 @@ def curves(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
             write_csv(rows, folder / "curves.csv")  # after each: a run that is stopped leaves what it has
             write_csv(summary, folder / "summary.csv")
     head = describe_curves(job) | {"wall_s": round(time.perf_counter() - started, 1)}
-    with written_whole(folder / "results.json") as partial:
-        partial.write_text(json.dumps({**head, "curves": summary}, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "results.json", {**head, "curves": summary})
     draw(summary, folder / "curves.png")
     log_picture(loggers, "curves", folder / "curves.png")
     show(summary, folder)

@@ -1,6 +1,5 @@
 """What a run leaves behind: results.json, per_task.csv, a table on the console."""
 
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.table import Table
 
-from metaseg.atomic import written_whole
+from metaseg.atomic import write_json
 from metaseg.data.source import SPLITS, Split
 from metaseg.evaluate import Evaluation, across_tasks, write_csv
 from metaseg.panels import log_to_wandb, write_panels
@@ -84,9 +83,7 @@ def report(
 def write_results(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write results.json, and per_task.csv with a row an episode."""
     write_csv(rows, folder / "per_task.csv")
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    with written_whole(folder / "results.json") as partial:  # whole, and after the table of its episodes
-        partial.write_text(text, encoding="utf-8")
+    write_json(folder / "results.json", results)  # after the table of its episodes
 
 
 def _print_table(head: Mapping[str, Any], evaluations: Mapping[Split, Evaluation], folder: Path) -> None:

@@ -19,6 +19,7 @@ from optuna.study import Study
 from optuna.trial import Trial
 from pytorch_lightning.loggers import Logger
 
+from metaseg.atomic import write_json
 from metaseg.card import write_card
 from metaseg.checkpoints import StopOnSignal
 from metaseg.config import config_sha256
@@ -118,7 +119,7 @@ def search(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         save_initialisation(winner.net, about, folder / "init.safetensors")
         write_results(left["results"], left["rows"], folder)
         write_card(folder / "init.safetensors")
-    (folder / "search.json").write_text(json.dumps(left["record"], indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "search.json", left["record"])
     # without blanks, at which a shell would split them
     overrides = (f"{key}={json.dumps(value, separators=(',', ':'))}\n" for key, value in best.params.items())
     (folder / "best.txt").write_text("".join(overrides))

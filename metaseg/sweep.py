@@ -21,7 +21,7 @@ from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from metaseg.atomic import written_whole
+from metaseg.atomic import write_json
 from metaseg.config import config_sha256, initialisations, plain
 from metaseg.errors import RESUMABLE, ConfigError, Stopped, UserError
 from metaseg.ranks import check_launchable, leads
@@ -251,5 +251,4 @@ def _write(folder: Path, config: DictConfig, headline: float | None = None, erro
         "error": error,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / OUTCOME) as partial:
-        partial.write_text(json.dumps(outcome, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / OUTCOME, outcome)

@@ -5,7 +5,6 @@ ladder of step counts on its way, so a trial's value is its mean IoU at the coun
 Each task's own best count, by which the original scored, is an oracle; it is reported apart.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from optuna.trial import Trial
 from pytorch_lightning.loggers import Logger
 from rich.progress import Progress
 
+from metaseg.atomic import write_json
 from metaseg.card import write_card
 from metaseg.config import device_of
 from metaseg.evaluate import Evaluation, Score, evaluate
@@ -97,7 +97,7 @@ def uho(job: Job, loggers: Sequence[Logger], folder: Path) -> float:
         save_initialisation(job.net, about, folder / "init.safetensors")
     write_results(left["results"], left["rows"], folder)
     write_card(folder / "init.safetensors")
-    (folder / "uho.json").write_text(json.dumps(left["record"], indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "uho.json", left["record"])
     OmegaConf.save(OmegaConf.create(about.update), folder / "update.yaml")
     draw(study, folder / "uho.png")
     log_picture(loggers, "uho", folder / "uho.png")
